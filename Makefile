@@ -1,0 +1,53 @@
+# One command each, on a machine with nothing but make, pip and Python 3.11 or newer.
+#   make bench ARGS="--lora-device cuda"     more options for pytest
+#   make test PYTHON=python3.12              another Python for a new .venv
+
+PYTHON ?= python3
+ARGS ?=
+INSTALLED := .venv/installed
+
+.PHONY: help bench test lint format clean
+.DELETE_ON_ERROR:
+
+help:  ## list these commands
+	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST)
+
+bench: $(INSTALLED)  ## measure every set-up on the device there is; pytest prints the table and where the report lies
+	.venv/bin/python -m pytest suites/gpu --benchmark $(ARGS)
+
+test: $(INSTALLED)  ## the project's own tests: no GPU, no network, no download
+	.venv/bin/python -m pytest tests $(ARGS)
+
+lint: $(INSTALLED)  ## formatting, ruff's rules and types
+	.venv/bin/python -m ruff format --check .
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m mypy
+
+format: $(INSTALLED)  ## format, and repair what ruff can repair
+	.venv/bin/python -m ruff format .
+	.venv/bin/python -m ruff check --fix .
+
+clean:  ## remove .venv, caches and builds; measured results stay
+	rm -rf .venv __pycache__ .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	find lora_bench suites tests -name __pycache__ -prune -exec rm -rf {} +
+
+# The second constraint is for what builds the package: newer pips read only that one there.
+$(INSTALLED): .venv/bin/python pyproject.toml constraints.txt
+	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
+	    .venv/bin/python -m pip install --editable '.[dev]'
+	touch $@
+
+# Debian ships pip without ensurepip; such a pip can fill a .venv from outside.
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys' 2>/dev/null || { \
+	    echo 'lora-bench needs Python 3.11 or newer, and $(PYTHON) does not run: make PYTHON=/path/to/python' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v < (3, 11) and sys.exit( \
+	    "lora-bench needs Python 3.11 or newer, and $(PYTHON) is %d.%d: make PYTHON=/path/to/python" % v[:2])'
+	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then \
+	    $(PYTHON) -m venv --clear .venv; \
+	elif $(PYTHON) -c 'import pip, venv' 2>/dev/null; then \
+	    $(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip --python .venv/bin/python install pip; \
+	else \
+	    echo '$(PYTHON) can make no virtual environment: install its ensurepip (Debian: python3-venv) or pip' >&2; \
+	    exit 1; \
+	fi

@@ -1,0 +1,14 @@
+"""Hypothesis profiles: "ci" by default; HYPOTHESIS_PROFILE or --hypothesis-profile names another."""
+
+import os
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50)
+settings.register_profile("nightly", deadline=None, max_examples=2000, print_blob=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    chosen = config.getoption("--hypothesis-profile") or os.environ.get("HYPOTHESIS_PROFILE") or "ci"
+    settings.load_profile(chosen)
