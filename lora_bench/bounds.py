@@ -1,0 +1,296 @@
+"""How far an honest computation may stray from the definition: elementwise rounding-error bounds.
+
+Inputs are rounded once to the dtype and the *rounded* values go to both sides, so only the arithmetic errs.
+Every product of a value with a chain of roundings is bounded by |value| times `Arithmetic.growth`, in the notation
+of Higham, Accuracy and Stability of Numerical Algorithms (2nd ed.), section 3.1. Nothing here is fitted or guessed,
+and overflow is outside of it. Shapes as in `lora_bench.definition`; everything returned is float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from lora_bench.definition import Gradients
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lora_bench.spec import Factors
+
+UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+FP32_OPERANDS = {"tf32": 2.0**-11, "bf16": 2.0**-8}
+"""What a float32 matrix product rounds its inputs to, by the names of torch's setting `fp32_precision`."""
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The rounding of one dtype on one device.
+
+    `unit` is the unit roundoff of storage, `accumulator` that of a sum's running total, `operand` what a matrix
+    product rounds its inputs to (TF32, else 0), `partials` how often a reduced-precision reduction rounds partial sums
+    to storage, `underflow` the largest absolute error of a product that falls out of the normal range.
+    `probabilistic` replaces the worst case n·ua of a sum of n terms by 4·sqrt(n)·ua (Higham and Mary 2019, A New
+    Approach to Probabilistic Rounding Error Analysis), for sums of thousands of terms.
+    """
+
+    unit: float
+    accumulator: float
+    underflow: float
+    operand: float = 0.0
+    partials: int = 0
+    probabilistic: bool = False
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, device: str = "cpu", *, probabilistic: bool = False) -> Arithmetic:
+        """The arithmetic that torch's present settings give `dtype` on `device` ("cpu" or "cuda").
+
+        Raises TypeError for a dtype without a known unit roundoff.
+        """
+        if dtype not in UNIT_ROUNDOFF:
+            known = ", ".join(str(known) for known in UNIT_ROUNDOFF)
+            raise TypeError(f"bounds are known for {known}, got {dtype}")
+        unit, narrow, cuda = UNIT_ROUNDOFF[dtype], dtype.itemsize == 2, torch.backends.cuda.matmul
+        on_cuda, half = device.startswith("cuda"), dtype == torch.float16
+        reduced = cuda.allow_fp16_reduced_precision_reduction if half else cuda.allow_bf16_reduced_precision_reduction
+        wide, smallest = UNIT_ROUNDOFF[torch.float32] if narrow else unit, torch.finfo(dtype).smallest_normal
+        return cls(
+            unit=unit,
+            accumulator=unit if on_cuda and half and cuda.allow_fp16_accumulation else wide,
+            # bf16 and fp32 products may flush subnormals (AMX and AVX512-BF16 do); fp16 and fp64 keep them, and half
+            # of fp64's smallest is no float any more.
+            underflow=max(math.ulp(0.0), smallest * (1 if dtype in (torch.float32, torch.bfloat16) else unit)),
+            operand=FP32_OPERANDS.get(_fp32_precision(on_cuda), 0.0) if dtype == torch.float32 else 0.0,
+            # split-K: one rounding as a partial sum is stored and one as it is added.
+            partials=2 if on_cuda and narrow and reduced else 0,
+            probabilistic=probabilistic,
+        )
+
+    def gamma(self, terms: int) -> float:
+        """γₙ = n·ua / (1 - n·ua), the relative error of a sum of `terms` products (Higham, equation 3.4)."""
+        spread = (4 * math.sqrt(terms) if self.probabilistic else terms) * self.accumulator
+        return spread / (1 - spread)
+
+    def growth(self, sums: tuple[int, ...], roundings: int, carried: int = 0) -> float:
+        """The relative error of a value after products over `sums` terms each and `roundings` roundings to storage.
+
+        `carried` further terms are added to a running total that holds it.
+        """
+        logarithm = (roundings + self.partials * len(sums)) * math.log1p(self.unit)
+        logarithm += 2 * len(sums) * math.log1p(self.operand)
+        logarithm += sum(math.log1p(self.gamma(terms)) for terms in (*sums, carried))
+        return math.expm1(logarithm)  # 1 + 2⁻⁵³ would be 1
+
+
+def _fp32_precision(on_cuda: bool) -> str:
+    """What torch is set to round float32 inputs of a matrix product to: its most particular setting decides."""
+    backends = torch.backends
+    mkldnn: Any = backends.mkldnn
+    homes = (backends.cuda.matmul, backends) if on_cuda else (mkldnn.matmul, mkldnn, backends)
+    return next((home.fp32_precision for home in homes if home.fp32_precision != "none"), "none")
+
+
+FLOAT64 = Arithmetic.of(torch.float64)
+
+
+class Magnitudes(NamedTuple):
+    """The sums of absolute values that the bounds multiply, each broadcastable to (n, d_out).
+
+    |W||x|, |b|, |s||B||A||x|, and what one underflow in each number that is read or stored adds up to, in units of it:
+    a product may lose each of its terms, and each operand may be taken for zero, before or after it is scaled.
+    """
+
+    base: Tensor
+    bias: Tensor | float
+    adapter: Tensor
+    underflow: Tensor
+
+
+def magnitudes(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, scaling: float) -> Magnitudes:
+    """The magnitudes of y = x Wᵀ + b + s (x Aᵀ) Bᵀ."""
+    x, weight, a, b = (tensor.double().abs() for tensor in (x, weight, factors.a, factors.b))
+    s, d_in, rank = abs(scaling), factors.d_in, factors.rank
+    hidden, of_x = x @ a.T, x.sum(1, keepdim=True)
+    lost_in_base = weight.sum(1) + of_x + d_in
+    lost_in_adapter = b @ a.sum(1) + (of_x + d_in + 1) * b.sum(1) + hidden.sum(1, keepdim=True) + rank + 1
+    return Magnitudes(
+        base=x @ weight.T,
+        bias=0.0 if bias is None else bias.double().abs(),
+        adapter=s * hidden @ b.T,
+        underflow=lost_in_base + (s + 1) * lost_in_adapter + 3,
+    )
+
+
+def separate(
+    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, scaling: float, arithmetic: Arithmetic
+) -> Tensor:
+    """The allowed |error| (n, d_out) of base(x) + s (x Aᵀ) Bᵀ, in any order of the scale and of the additions.
+
+    The base is rounded as it is stored, again with its bias, again in the sum; the adapter's path when x Aᵀ, s,
+    s times it, and the product with B are stored, and in the sums. The adapter's terms may also be added one by one
+    to the base's running total, in one product with [W | B].
+    """
+    size = magnitudes(x, weight, bias, factors, scaling)
+    d_in, rank, biased = factors.d_in, factors.rank, bias is not None
+
+    def error(arithmetic: Arithmetic) -> Tensor:
+        return (
+            arithmetic.growth((d_in,), 2 + biased, carried=rank) * size.base
+            + arithmetic.growth((), 2, carried=d_in + rank) * size.bias
+            + arithmetic.growth((d_in, rank), 5 + biased, carried=d_in) * size.adapter
+            + arithmetic.underflow * size.underflow
+        )
+
+    return error(arithmetic) + error(FLOAT64)
+
+
+def merged(
+    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, scaling: float, arithmetic: Arithmetic
+) -> Tensor:
+    """The allowed |error| (n, d_out) of x (W + s B A)ᵀ + b with the merged weight stored in the dtype."""
+    size = magnitudes(x, weight, bias, factors, scaling)
+    d_in, rank, biased = factors.d_in, factors.rank, bias is not None
+    underflow = size.underflow + x.double().abs() @ _product_underflow(factors, scaling).T
+
+    def error(arithmetic: Arithmetic) -> Tensor:
+        return (
+            arithmetic.growth((d_in,), 2 + biased, carried=rank) * size.base
+            + arithmetic.growth((), 1, carried=d_in) * size.bias
+            + arithmetic.growth((d_in, rank), 5 + biased) * size.adapter
+            + arithmetic.underflow * underflow
+        )
+
+    return error(arithmetic) + error(FLOAT64)
+
+
+def merged_weight(weight: Tensor, factors: Factors, scaling: float, arithmetic: Arithmetic) -> Tensor:
+    """The allowed |error| (d_out, d_in) of the stored W + s B A: B A, s, their product and the sum are rounded."""
+
+    def error(arithmetic: Arithmetic) -> Tensor:
+        own = arithmetic.growth((), 1, carried=factors.rank) * weight.double().abs()
+        return own + _product_error(factors, scaling, arithmetic, 4)
+
+    return error(arithmetic) + error(FLOAT64)
+
+
+def unmerged_weight(weight: Tensor, factors: Factors, scaling: float, arithmetic: Arithmetic) -> Tensor:
+    """The allowed |error| (d_out, d_in) of (W + s B A) - s B A, for implementations that keep no copy of W.
+
+    The error of the merge, that of the product that is taken away, and the rounding of their difference.
+    """
+    own, product = weight.double().abs(), _product(factors, scaling)
+
+    def error(arithmetic: Arithmetic) -> Tensor:
+        merge = arithmetic.growth((), 1, carried=factors.rank) * own + _product_error(factors, scaling, arithmetic, 4)
+        strayed = merge + _product_error(factors, scaling, arithmetic, 3)
+        last = arithmetic.growth((), 1, carried=factors.rank)
+        # Taken away term by term, the product is still in the running total.
+        return (1 + last) * strayed + last * own + arithmetic.growth((), 0, carried=factors.rank) * product
+
+    return error(arithmetic) + error(FLOAT64)
+
+
+def _product(factors: Factors, scaling: float) -> Tensor:
+    """|s||B||A|, (d_out, d_in)."""
+    return abs(scaling) * factors.b.double().abs() @ factors.a.double().abs()
+
+
+def _product_error(factors: Factors, scaling: float, arithmetic: Arithmetic, roundings: int) -> Tensor:
+    """|error| (d_out, d_in) of s B A after so many roundings."""
+    underflow = arithmetic.underflow * _product_underflow(factors, scaling)
+    return arithmetic.growth((factors.rank,), roundings) * _product(factors, scaling) + underflow
+
+
+def _product_underflow(factors: Factors, scaling: float) -> Tensor:
+    """What one underflow in each number of W + s B A adds up to, (d_out, d_in); see `Magnitudes`."""
+    lost = factors.b.double().abs().sum(1, keepdim=True) + factors.a.double().abs().sum(0) + factors.rank + 1
+    return (abs(scaling) + 1) * lost + 2
+
+
+def gradients(
+    x: Tensor, grad: Tensor, weight: Tensor, factors: Factors, scaling: float, arithmetic: Arithmetic
+) -> Gradients:
+    """The allowed |error| of dL/dA, dL/dB and dL/dx, every sum counted: over d_out or d_in, then over the n rows."""
+    rank, d_in, (rows, d_out) = factors.rank, factors.d_in, grad.shape
+    x, grad, weight, a, b = (tensor.double().abs() for tensor in (x, grad, weight, factors.a, factors.b))
+    s, through_b, hidden = abs(scaling), grad @ b, x @ a.T
+    size = Gradients(s * through_b.T @ x, s * grad.T @ hidden, grad @ weight)
+    size_x_adapter = s * through_b @ a
+    underflow = _gradient_underflow(x, grad, weight, factors, s)
+
+    def error(arithmetic: Arithmetic) -> Gradients:
+        return Gradients(
+            arithmetic.growth((d_out, rows), 4) * size.a + arithmetic.underflow * underflow.a,
+            arithmetic.growth((d_in, rows), 4) * size.b + arithmetic.underflow * underflow.b,
+            arithmetic.growth((d_out,), 2, carried=rank) * size.x
+            + arithmetic.growth((d_out, rank), 5, carried=d_out) * size_x_adapter
+            + arithmetic.underflow * underflow.x,
+        )
+
+    return Gradients(*(own + exact for own, exact in zip(error(arithmetic), error(FLOAT64), strict=True)))
+
+
+def _gradient_underflow(x: Tensor, grad: Tensor, weight: Tensor, factors: Factors, s: float) -> Gradients:
+    """What one underflow in each number of the gradients adds up to; x, grad, weight and s are absolute values.
+
+    Each of grad, A, B and x in turn, each product of two of them, and, where the layer trains through W + s B A, the
+    numbers of that sum and of gradᵀ x.
+    """
+    a, b, rows, d_in, d_out = factors.a.double().abs(), factors.b.double().abs(), len(x), factors.d_in, factors.d_out
+    through_b, hidden, of_grad = grad @ b, x @ a.T, grad.sum(1, keepdim=True)
+    lost = Gradients(
+        a=(b.sum(0) + of_grad + d_out + 1).T @ x + through_b.sum(0)[:, None] + (rows + 1) * b.sum(0)[:, None] + rows,
+        b=grad.T @ (a.sum(1) + x.sum(1, keepdim=True) + d_in + 1) + hidden.sum(0) + (rows + 1) * a.sum(1) + rows,
+        x=b.sum(0) @ a + (of_grad + d_out + 1) * a.sum(0) + through_b.sum(1, keepdim=True) + factors.rank,
+    )
+    through_sum = grad @ _product_underflow(factors, s) + weight.sum(0) + of_grad + d_out
+    stored = 2 * s + 3
+    return Gradients((s + 1) * lost.a + stored, (s + 1) * lost.b + stored, (s + 1) * lost.x + through_sum + stored)
+
+
+class Deviation(NamedTuple):
+    """Where a computation strays furthest, as a multiple of what it may: at its index, the values, and `ratio`."""
+
+    at: tuple[int, ...]
+    found: float
+    wanted: float
+    error: float
+    allowed: float
+
+    @property
+    def ratio(self) -> float:
+        """error / allowed: above 1 the computation is not an honest rounding of the definition."""
+        if self.error == 0:
+            return 0.0
+        # Not by <=: an infinite error is within no bound, and nothing is within one that is no number.
+        return self.error / self.allowed if self.allowed > 0 and math.isfinite(self.error) else math.inf
+
+
+@torch.no_grad()
+def worst(found: Tensor, wanted: Tensor, allowed: Tensor | float = 0.0) -> Deviation:
+    """Where |found - wanted| is largest beside `allowed` (0: must be equal); a NaN that was not wanted is infinite.
+
+    Raises ValueError when the shapes differ.
+    """
+    if found.shape != wanted.shape:
+        raise ValueError(f"shapes differ: found {tuple(found.shape)}, wanted {tuple(wanted.shape)}")
+    if found.numel() == 0:
+        return Deviation((), 0.0, 0.0, 0.0, 0.0)
+    found, wanted = found.double(), wanted.double()
+    limit = torch.as_tensor(allowed, dtype=torch.float64, device=wanted.device).broadcast_to(wanted.shape)
+    error = (found - wanted).abs()
+    same = (found == wanted) | (found.isnan() & wanted.isnan())
+    error = error.masked_fill(same, 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
+    ratio = (error / limit).masked_fill(same, 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
+    place = int(ratio.argmax())
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(place), wanted.shape))
+    return Deviation(index, *(float(values.flatten()[place]) for values in (found, wanted, error, limit)))
+
+
+@torch.no_grad()
+def visibility(effect: Tensor, allowed: Tensor) -> float:
+    """How surely a dropped adapter would be seen: the largest |effect| / (2·allowed); at 1 or less it could pass."""
+    return float((effect.abs() / (2 * allowed)).nan_to_num().max()) if effect.numel() else 0.0

@@ -1,0 +1,90 @@
+"""The words of LoRA: what an adapter is asked to be (`LoraSpec`) and what it holds (`Factors`)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """One adapter's hyper-parameters, by PEFT's and the papers' names.
+
+    `alpha` is the numerator of the scaling: alpha / r (Hu et al. 2021, arXiv 2106.09685, section 4.1),
+    or alpha / sqrt(r) with `rslora` (Kalajdzievski 2023, arXiv 2312.03732). A rank above min(d_in, d_out) is legal.
+
+    Raises ValueError for a rank below 1, an alpha that is not finite, a dropout outside [0, 1).
+    """
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool):
+            raise TypeError(f"rank must be an integer, got {self.rank!r}")
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"alpha must be finite, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+
+    @property
+    def scaling(self) -> float:
+        """What multiplies B A: alpha / r, or alpha / sqrt(r) with `rslora`."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def parameters(self, d_in: int, d_out: int) -> int:
+        """How many numbers the adapter of one d_in -> d_out layer trains: r (d_in + d_out)."""
+        return self.rank * (d_in + d_out)
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """The two matrices of one adapter: `a` of shape (r, d_in) and `b` of shape (d_out, r).
+
+    Raises ValueError when the shapes do not share a rank, TypeError when the dtypes differ or are not floating.
+    """
+
+    a: Tensor
+    b: Tensor
+
+    def __post_init__(self) -> None:
+        for name, factor in (("a", self.a), ("b", self.b)):
+            if factor.ndim != 2:
+                raise ValueError(f"factor {name} must be a matrix, got shape {tuple(factor.shape)}")
+            if not factor.is_floating_point() or factor.dtype.itemsize == 1:
+                raise TypeError(f"factor {name} must be of a 16-, 32- or 64-bit floating dtype, got {factor.dtype}")
+        if self.a.shape[0] != self.b.shape[1]:
+            raise ValueError(
+                "factors must share a rank: a is (r, d_in) and b is (d_out, r), "
+                f"got a {tuple(self.a.shape)} and b {tuple(self.b.shape)}"
+            )
+        if self.a.dtype != self.b.dtype:
+            raise TypeError(f"factors must share a dtype, got a {self.a.dtype} and b {self.b.dtype}")
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def d_in(self) -> int:
+        return self.a.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        return self.b.shape[0]
+
+    def fit(self, rank: int, d_in: int, d_out: int) -> None:
+        """Raise ValueError unless these are the factors of a rank-`rank` adapter of a d_in -> d_out layer."""
+        if (self.rank, self.d_in, self.d_out) != (rank, d_in, d_out):
+            raise ValueError(
+                f"factors must be a ({rank}, {d_in}) and b ({d_out}, {rank}) here, "
+                f"got a {tuple(self.a.shape)} and b {tuple(self.b.shape)}"
+            )

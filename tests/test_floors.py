@@ -1,0 +1,122 @@
+"""The house: imports go downward only, third parties stay in their room, and files can be read in one sitting."""
+
+import ast
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lora_bench
+
+HOUSE = Path(lora_bench.__file__).parent
+
+# From the ground up. A room may import those on lower floors and itself; never its neighbours on the same floor.
+FLOORS = (
+    {"spec"},
+    {"case", "definition", "subject"},
+    {"bounds"},
+    {"reference"},
+    {"subjects"},
+    {"models"},
+    {"adapter", "bench", "claims", "conformance"},
+    {"gate"},
+    {"report"},
+    {"plugin", "__main__"},
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+# What any room may import; everything else is under test, and imported only by `subjects`.
+TOOLS = {"_pytest", "hypothesis", "pytest", "pytest_benchmark", "rich", "psutil", "pynvml", "safetensors"}
+TOOLS |= {"numpy", "scipy", "torch", "transformers"}
+IMPORTERS = {"import_module", "quiet_import", "__import__"}
+FILES = sorted(HOUSE.rglob("*.py"))
+
+
+def names(path: Path) -> str:
+    return path.relative_to(HOUSE).as_posix()
+
+
+def imported(source: str) -> Iterator[str]:
+    """Every module that `source` imports anywhere, in full; for a public name of lora_bench, the module it lives in."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are written in full"
+            if node.module == "lora_bench":
+                taken = [alias.name for alias in node.names if alias.name != "__version__"]
+                yield from (f"lora_bench.{lora_bench._HOMES.get(name, name)}" for name in taken)
+            else:
+                yield node.module or ""
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in IMPORTERS:
+                yield str(node.args[0].value)
+
+
+def faults(room: str, source: str) -> list[str]:
+    """What `source`, a file of `room`, imports and may not."""
+    wrong = []
+    for module in imported(source):
+        package, _, rest = module.partition(".")
+        other = rest.partition(".")[0]
+        if package == "lora_bench":
+            if not other or (other != room and FLOOR.get(other, math.inf) >= FLOOR[room]):
+                wrong.append(module)
+        elif package not in sys.stdlib_module_names | TOOLS and room != "subjects":
+            wrong.append(module)
+    return wrong
+
+
+def test_every_room_has_a_floor() -> None:
+    rooms = {
+        path.stem for path in HOUSE.iterdir() if path.suffix == ".py" or (path.is_dir() and any(path.glob("*.py")))
+    }
+
+    assert rooms - {"__init__"} <= set(FLOOR), "place it in FLOORS"
+    assert sum(map(len, FLOORS)) == len(FLOOR), "on one floor only"
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path != HOUSE / "__init__.py"], ids=names)
+def test_imports_go_downward(path: Path) -> None:
+    room = path.relative_to(HOUSE).parts[0].removesuffix(".py")
+
+    assert faults(room, path.read_text(encoding="utf-8")) == []
+
+
+def test_the_door_imports_nothing_when_it_is_opened() -> None:
+    body = ast.parse((HOUSE / "__init__.py").read_text(encoding="utf-8")).body
+    modules = [node.module for node in body if isinstance(node, ast.ImportFrom)]
+    others = [node for node in body if isinstance(node, ast.Import)]
+
+    assert set(modules) <= {"__future__", "importlib", "typing"}
+    assert not others
+
+
+@pytest.mark.parametrize("path", FILES, ids=names)
+def test_files_can_be_read_in_one_sitting(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 350
+
+
+@pytest.mark.parametrize(
+    ("room", "source", "found"),
+    [
+        ("spec", "from lora_bench.case import Case", ["lora_bench.case"]),
+        ("definition", "def f():\n    from lora_bench import bounds, spec", ["lora_bench.bounds"]),
+        ("bounds", "import lora_bench.reference.layer", ["lora_bench.reference.layer"]),
+        ("bounds", "if TYPE_CHECKING:\n    from lora_bench import REFERENCE", ["lora_bench.reference"]),
+        ("case", "from lora_bench.definition import base", ["lora_bench.definition"]),
+        ("conformance", "from lora_bench.bench.clock import now", ["lora_bench.bench.clock"]),
+        ("bench", "from lora_bench import conforms", ["lora_bench.conformance"]),
+        ("gate", "from lora_bench.report import table", ["lora_bench.report"]),
+        ("report", "import lora_bench", ["lora_bench"]),
+        ("bench", "import os, peft.tuners", ["peft.tuners"]),
+        ("models", "from importlib import import_module as load\nimportlib.import_module('loralib')", ["loralib"]),
+        ("models", "library = quiet_import('bitsandbytes')", ["bitsandbytes"]),
+        ("subjects", "import peft, bitsandbytes, torch", []),
+        ("bench", "import torch, numpy.linalg, json\nfrom lora_bench.bench import arm\nimport lora_bench.models", []),
+    ],
+)
+def test_a_wrong_import_is_seen(room: str, source: str, found: list[str]) -> None:
+    assert faults(room, source) == found
