@@ -1,0 +1,90 @@
+"""Several adapters of one layer in one batch: every row goes through its own adapter, or through none.
+
+The algebra of Punica (arXiv 2310.18547) and S-LoRA (arXiv 2311.03285), y_i = W x_i + s_a B_a A_a x_i with a = ids[i],
+by gathering each row's factors and two batched products: the same code for prefill and decode.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from lora_bench.reference.layer import LoraLinear
+    from lora_bench.spec import Factors, LoraSpec
+
+
+class Pool(NamedTuple):
+    """Adapters padded with zeros to the largest rank R: adapter i in slot i + 1, and zeros in slot 0 for none.
+
+    a (slots, d_in, R) holds Aᵀ; b (slots, R, d_out) holds Bᵀ, already times the scaling.
+    """
+
+    a: Tensor
+    b: Tensor
+
+
+class Plan(NamedTuple):
+    """Each row's slot (n,) on the device, the highest adapter id, and which rows have none: (n, 1, 1), or None."""
+
+    slots: Tensor
+    highest: int
+    bare: Tensor | None
+
+
+def pool(layer: LoraLinear, adapters: Sequence[tuple[LoraSpec, Factors]]) -> Pool:
+    """The adapters of one layer made ready; ValueError where there is none, or one that does not fit the layer."""
+    if not adapters:
+        raise ValueError("a pool needs at least one adapter, got none")
+    d_in, d_out = layer.base_layer.in_features, layer.base_layer.out_features
+    rank = max(spec.rank for spec, _ in adapters)
+    ready = Pool(
+        layer.lora_A.new_zeros(len(adapters) + 1, d_in, rank), layer.lora_B.new_zeros(len(adapters) + 1, rank, d_out)
+    )
+    for slot, (spec, factors) in enumerate(adapters, start=1):
+        factors.fit(spec.rank, d_in, d_out)
+        ready.a[slot, :, : spec.rank] = factors.a.detach().T
+        ready.b[slot, : spec.rank] = spec.scaling * factors.b.detach().T
+    return ready
+
+
+def plan(ids: Tensor, device: torch.device | str) -> Plan:
+    """What one forward needs to know of its ids, (n,) int64 on the CPU, in every layer.
+
+    Raises TypeError for ids that are not int64, ValueError for those below -1 or not one-dimensional.
+    """
+    if ids.dtype != torch.int64:
+        raise TypeError(f"adapter ids must be int64, got {ids.dtype}")
+    if ids.ndim != 1:
+        raise ValueError(f"adapter ids must be of shape (n,), got {tuple(ids.shape)}")
+    lowest, highest = (int(ids.min()), int(ids.max())) if len(ids) else (0, -1)
+    if lowest < -1:
+        raise ValueError(f"adapter ids start at -1 (no adapter), got {lowest}")
+    slots = (ids + 1).to(device)
+    return Plan(slots, highest, (slots == 0)[:, None, None] if lowest < 0 else None)
+
+
+def route(layer: LoraLinear, pool: Pool, x: Tensor, plan: Plan) -> Tensor:
+    """The layer's output for a mixed batch: x (n, d_in) or (n, tokens, d_in), one id for each of the n.
+
+    Raises IndexError for an id that the pool has no adapter for, ValueError where ids and x differ in n,
+    RuntimeError while an adapter is merged into the base.
+    """
+    if plan.highest >= len(pool.a) - 1:
+        raise IndexError(f"adapter id {plan.highest} is not in the pool of {len(pool.a) - 1}")
+    if len(plan.slots) != len(x):
+        raise ValueError(f"every row needs one adapter id: {len(x)} rows, {len(plan.slots)} ids")
+    if layer.merged:
+        raise RuntimeError("unmerge before routing: the base would carry the merged adapter in every row")
+    y = layer.base_layer(x)
+    rows = x if x.ndim == 3 else x.unsqueeze(1)
+    hidden = torch.bmm(rows, pool.a.index_select(0, plan.slots))
+    if plan.bare is not None:
+        hidden = hidden.masked_fill(plan.bare, 0)  # also where x is infinite, and times 0 would be NaN
+    base = y.view(*rows.shape[:2], y.shape[-1])
+    return torch.baddbmm(base, hidden, pool.b.index_select(0, plan.slots)).view_as(y)
