@@ -1,0 +1,502 @@
+"""Subjects: found by text or refused in one sentence, and the shipped ones judged verb by verb and in a model."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora_bench import bounds, definition
+from lora_bench.bounds import Arithmetic, worst
+from lora_bench.case import Case
+from lora_bench.models.bases import base_layer, dequantised, quantise
+from lora_bench.models.bases import missing as missing_base
+from lora_bench.models.build import build
+from lora_bench.models.inject import adapt, find_targets, layer_kind
+from lora_bench.models.routing import Router, route_model
+from lora_bench.reference import REFERENCE
+from lora_bench.spec import Factors, LoraSpec
+from lora_bench.subject import Layer, Subject
+from lora_bench.subjects import find, missing, quiet_import, shipped
+
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PLACES = [
+    ("reference", "linear"),
+    ("reference", "nf4"),
+    ("peft", "linear"),
+    ("peft", "linear4bit"),
+    ("loralib", "linear"),
+]
+COMPLETE = [place for place in PLACES if place[0] != "loralib"]
+SPEC = LoraSpec(rank=3, alpha=7.0)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+EVERY_PLACE = pytest.mark.parametrize(("name", "kind"), PLACES)
+EVERY_COMPLETE_PLACE = pytest.mark.parametrize(("name", "kind"), COMPLETE)
+BOTH_DTYPES = pytest.mark.parametrize("dtype", DTYPES)
+
+FILE = """
+from lora_bench import Subject
+MINE = Subject("mine", lambda base, spec: base, lambda layer, factors: None)
+OTHER = 3
+"""
+
+
+def subject_here(name: str, kind: str = "linear") -> Subject:
+    if reason := missing(name) or missing_base(kind):
+        pytest.skip(reason)
+    return find(name)
+
+
+# Finding
+
+
+def refusal(text: str) -> str:
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        find(text)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "mine.py").write_text(FILE)
+    return tmp_path / "mine.py"
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_shipped_subject_is_found_by_its_name(name: str) -> None:
+    subject = subject_here(name)
+
+    assert subject.name == name
+    assert find(name) is subject
+
+
+def test_a_file_is_a_module_of_its_own_and_is_loaded_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (file.parent / "sub").mkdir()
+    twin = file.parent / "sub" / "mine.py"
+    twin.write_text(FILE)
+    subject = find(f"{file}:MINE")
+    monkeypatch.chdir(file.parent)
+
+    assert subject.name == "mine"
+    assert find("mine.py:MINE") is find("./mine.py:MINE") is subject
+    assert find(f"{twin}:MINE") is not subject
+    assert sys.modules[subject.wrap.__module__].MINE is subject
+    assert "mine" not in sys.modules
+
+
+def test_a_module_is_found_by_its_dotted_name(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(file.parent)
+
+    assert find("mine:MINE").name == "mine"
+    assert find("lora_bench.reference:REFERENCE") is REFERENCE
+    monkeypatch.delitem(sys.modules, "mine")
+
+
+def test_an_entry_point_is_found_by_its_name(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = file.parent / "acme-1.0.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
+    (record / "entry_points.txt").write_text("[lora_bench.subjects]\nacme = mine:MINE\n")
+    monkeypatch.syspath_prepend(file.parent)
+
+    assert find("acme").name == "mine"
+    assert refusal("acne") == (
+        "no subject is called 'acne': known are reference, peft, loralib, acme (nearest: acme); "
+        "or give module:attr or path.py:ATTR"
+    )
+    monkeypatch.delitem(sys.modules, "mine")
+
+
+def test_what_names_no_subject_is_refused_in_one_sentence(file: Path) -> None:
+    broken, wrong = file.parent / "broken.py", file.parent / "wrong.py"
+    broken.write_text("import absent_package")
+    wrong.write_text("def f(:")
+    known = "known are reference, peft, loralib"
+    otherwise = "; or give module:attr or path.py:ATTR"
+
+    assert refusal("pefft") == f"no subject is called 'pefft': {known} (nearest: peft){otherwise}"
+    assert refusal("acme") == f"no subject is called 'acme': {known}{otherwise}"
+    assert refusal("mine.py") == (
+        f"no subject is called 'mine.py': which subject of the file? write mine.py:NAME{otherwise}"
+    )
+    assert refusal("no/file.py:X") == "'no/file.py:X' cannot be loaded: FileNotFoundError: there is no file no/file.py"
+    assert refusal("absent_package:X") == (
+        "'absent_package:X' cannot be loaded: ModuleNotFoundError: No module named 'absent_package'"
+    )
+    assert refusal(f"{broken}:X").endswith(
+        "broken.py:X' cannot be loaded: ModuleNotFoundError: No module named 'absent_package'"
+    )
+    assert "wrong.py:X' cannot be loaded: SyntaxError: " in refusal(f"{wrong}:X")
+    assert refusal(f"{file}:YOURS") == f"'{file}:YOURS': {file} has no 'YOURS'; its subjects are MINE"
+    assert refusal(f"{file}:OTHER") == f"'{file}:OTHER': wanted a lora_bench.Subject, got a int"
+    assert refusal("math:YOURS") == "'math:YOURS': math has no 'YOURS'; its subjects are none"
+
+
+def test_a_file_that_fails_leaves_no_module_behind(file: Path) -> None:
+    before = set(sys.modules)
+    file.write_text("MINE = 1\n1 / 0")
+    for _ in range(2):
+        assert refusal(f"{file}:MINE").endswith("cannot be loaded: ZeroDivisionError: division by zero")
+    assert set(sys.modules) == before
+    file.write_text(FILE)
+    assert find(f"{file}:MINE").name == "mine"
+
+
+@pytest.mark.parametrize(("name", "install"), [("peft", "peft"), ("loralib", "lora-bench[loralib]")])
+def test_a_library_that_is_absent_says_what_to_install(
+    name: str, install: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+
+    assert missing(name) == f"{name} is not installed: pip install {install}"
+    assert refusal(name) == missing(name)
+    assert missing("reference") is None
+    with pytest.raises(ValueError, match=r"^no shipped subject is called 'acme': they are reference, peft, loralib$"):
+        missing("acme")
+
+
+def test_exactly_one_notice_of_bitsandbytes_is_silenced(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    notice = "Failed to load CPU gemm_4bit_forward from kernels-community: %s."
+    with quiet_import():
+        logger.warning(notice, "reason")
+        logger.warning("something else")
+    logger.warning(notice, "reason")
+
+    assert [record.msg for record in caplog.records] == ["something else", notice]
+
+
+def test_importing_the_third_parties_prints_nothing() -> None:
+    subject_here("peft", "linear4bit")
+    command = [sys.executable, "-c", "import lora_bench.subjects.peft"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+# One layer, verb by verb
+
+
+class Problem(NamedTuple):
+    """A subject's layer over a base of one kind, with factors loaded, and the terms of its definition."""
+
+    subject: Subject
+    layer: Layer
+    terms: tuple[Tensor, Tensor, Tensor | None, Factors, float]
+    arithmetic: Arithmetic
+
+    def excess(self, bound: Callable[..., Tensor], wanted: Tensor | None = None) -> float:
+        """The output's deviation from the definition, or from another output, as a multiple of what `bound` allows."""
+        with torch.no_grad():
+            y = self.layer(self.terms[0])
+        wanted = definition.forward(*self.terms) if wanted is None else wanted
+        return worst(y, wanted, bound(*self.terms, self.arithmetic)).ratio
+
+
+def problem(name: str, kind: str, dtype: str, *, loaded: bool = True) -> Problem:
+    subject, case = subject_here(name, kind), Case(tokens=6, d_in=128, d_out=96, rank=5, dtype=dtype, bias=True)
+    x, weight, bias, _, [(spec, factors)], _ = case.draw()
+    linear = nn.Linear(128, 96, dtype=x.dtype)
+    assert bias is not None
+    linear.load_state_dict({"weight": weight, "bias": bias})
+    base = linear if kind == "linear" else base_layer(kind, linear)
+    dense = dequantised(base).clone()
+    layer = subject.wrap(base, spec)
+    if loaded:
+        subject.load(layer, factors)
+    return Problem(subject, layer, (x, dense, bias, factors, spec.scaling), Arithmetic.of(x.dtype))
+
+
+@EVERY_PLACE
+@BOTH_DTYPES
+def test_a_new_layer_is_its_base(name: str, kind: str, dtype: str) -> None:
+    new = problem(name, kind, dtype, loaded=False)
+    x, weight, bias, _, _ = new.terms
+    assert new.subject.factors
+    a, b = vars(new.subject.factors(new.layer)).values()
+
+    assert new.excess(bounds.separate, definition.base(x, weight, bias)) <= 1
+    assert not b.any()
+    assert a.any()
+    assert {id(a), id(b)} == {id(parameter) for parameter in new.layer.parameters() if parameter.requires_grad}
+
+
+@EVERY_PLACE
+@BOTH_DTYPES
+def test_factors_state_and_weight_are_what_was_put_in(name: str, kind: str, dtype: str) -> None:
+    loaded = problem(name, kind, dtype)
+    subject, layer, (_, weight, _, factors, _), _ = loaded
+    assert subject.factors
+    assert subject.state
+    assert subject.weight
+    live = vars(subject.factors(layer))
+    parameters = {id(parameter) for parameter in layer.parameters()}
+
+    for name_, tensor in live.items():
+        assert id(tensor) in parameters
+        assert torch.equal(tensor.to(weight.dtype), vars(factors)[name_])
+    assert [tuple(tensor.shape) for tensor in subject.state(layer).values()] == [(5, 128), (96, 5)]
+    assert all(torch.equal(one, two) for one, two in zip(subject.state(layer).values(), live.values(), strict=True))
+    assert torch.equal(subject.weight(layer), weight)
+    with pytest.raises(ValueError, match="factors must be a"):
+        subject.load(layer, Factors(torch.ones(1, 128), torch.ones(96, 1)))
+
+
+@pytest.mark.parametrize("name", shipped())
+@BOTH_DTYPES
+def test_merging_writes_the_delta_into_the_weight_and_unmerging_takes_it_out(name: str, dtype: str) -> None:
+    loaded = problem(name, "linear", dtype)
+    subject, layer, (x, weight, bias, factors, scaling), arithmetic = loaded
+    assert subject.merge
+    assert subject.unmerge
+    assert subject.weight
+    merged = subject.merge(layer)
+    wanted = definition.merged_weight(weight, factors, scaling)
+    allowed = bounds.merged_weight(weight, factors, scaling, arithmetic)
+
+    assert merged is None or merged is layer
+    assert loaded.excess(bounds.merged) <= 1
+    assert worst(subject.weight(layer), wanted, allowed).ratio <= 1
+    subject.unmerge(layer)
+    allowed = bounds.unmerged_weight(weight, factors, scaling, arithmetic)
+    assert worst(subject.weight(layer), weight, allowed).ratio <= 1
+    restored = loaded._replace(terms=(x, subject.weight(layer).clone(), bias, factors, scaling))
+    assert restored.excess(bounds.separate) <= 1
+
+
+@EVERY_COMPLETE_PLACE
+@BOTH_DTYPES
+def test_what_is_unloaded_is_one_merged_frozen_layer(name: str, kind: str, dtype: str) -> None:
+    loaded = problem(name, kind, dtype)
+    assert loaded.subject.merge_and_unload
+    (x, weight, _, factors, scaling), arithmetic = loaded.terms, loaded.arithmetic
+    with torch.no_grad():
+        loaded.layer.eval()(x)
+    unloaded = loaded.subject.merge_and_unload(loaded.layer)
+
+    assert not any(parameter.requires_grad for parameter in unloaded.parameters())
+    assert layer_kind(unloaded) == ("linear4bit" if kind == "linear4bit" else "linear")
+    if kind == "linear4bit":
+        live = loaded.subject.factors(loaded.layer)  # type: ignore[misc]
+        dense = nn.Linear(128, 96, bias=False)
+        dense.weight = nn.Parameter(weight + scaling * (live.b @ live.a))
+        assert torch.equal(dequantised(unloaded), dequantised(base_layer(kind, dense)).to(weight.dtype))
+        assert worst(dequantised(unloaded), weight).ratio > 1
+    else:
+        allowed = bounds.merged_weight(weight, factors, scaling, arithmetic)
+        assert worst(dequantised(unloaded), definition.merged_weight(weight, factors, scaling), allowed).ratio <= 1
+        assert loaded._replace(layer=unloaded).excess(bounds.merged) <= 1
+
+
+@EVERY_COMPLETE_PLACE
+@BOTH_DTYPES
+def test_switched_off_a_layer_is_its_base(name: str, kind: str, dtype: str) -> None:
+    loaded = problem(name, kind, dtype)
+    x, weight, bias, _, _ = loaded.terms
+    assert loaded.subject.enable
+    loaded.subject.enable(loaded.layer, False)
+    assert loaded.excess(bounds.separate, definition.base(x, weight, bias)) <= 1
+    loaded.subject.enable(loaded.layer, True)
+    assert loaded.excess(bounds.separate) <= 1
+
+
+def test_peft_keeps_its_default_of_float32_factors() -> None:
+    loaded = problem("peft", "linear", "bf16")
+    assert loaded.subject.factors
+
+    assert loaded.subject.factors(loaded.layer).a.dtype == torch.float32
+    assert loaded.layer(loaded.terms[0]).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["linear", "linear4bit"])
+def test_peft_s_pools_leave_the_layer_and_each_other_alone(kind: str) -> None:
+    loaded = problem("peft", kind, "fp32")
+    subject, layer, (x, weight, bias, factors, scaling), arithmetic = loaded
+    assert subject.pool
+    assert subject.plan
+    assert subject.route
+    spec = LoraSpec(5, scaling * 5, dropout=0.5)
+    other = Factors(factors.a.flip(0, 1), factors.b)
+    pools = [subject.pool(layer, [(spec, factors), (spec, other)]), subject.pool(layer, [(spec, other)])]
+    for pool, index, wanted in ((pools[0], 0, factors), (pools[0], 1, other), (pools[1], 0, other)):
+        y = subject.route(layer, pool, x, subject.plan(torch.full((6,), index), x.device))
+        terms = x, weight, bias, wanted, scaling
+        assert worst(y, definition.forward(*terms), bounds.separate(*terms, arithmetic)).ratio <= 1
+    assert not any(parameter.requires_grad for pool in pools for parameter in pool.parameters())
+    assert loaded.excess(bounds.separate) <= 1
+    assert {name for name, parameter in layer.named_parameters() if parameter.requires_grad} == subject.state(
+        layer
+    ).keys()  # type: ignore[misc]
+    with pytest.raises(ValueError, match=r"^a pool needs at least one adapter, got none$"):
+        subject.pool(layer, [])
+    with pytest.raises(ValueError, match="factors must be a"):
+        subject.pool(layer, [(LoraSpec(2, 1.0), factors)])
+    subject.merge(layer)  # type: ignore[misc]
+    with pytest.raises(RuntimeError, match="unmerge before routing"):
+        subject.route(layer, pools[0], x, subject.plan(torch.zeros(6, dtype=torch.int64), x.device))
+
+
+def test_loralib_s_eval_is_no_merge_until_it_is_asked_for() -> None:
+    loaded = problem("loralib", "linear", "fp32")
+    subject, layer, (_, weight, _, _, _), _ = loaded
+    assert subject.merge
+    assert subject.unmerge
+    layer.eval()
+    assert torch.equal(layer.weight, weight)
+    subject.merge(layer)
+    assert not torch.equal(layer.weight, weight)
+    subject.unmerge(layer)
+    unmerged = layer.weight.clone()
+    layer.eval()
+    assert torch.equal(layer.weight, unmerged)
+
+
+def test_loralib_has_no_rslora() -> None:
+    supports = subject_here("loralib").supports
+
+    assert supports(LoraSpec(2, 4.0, rslora=True)) == "loralib has no rsLoRA"
+    assert supports(LoraSpec(2, 4.0, dropout=0.5)) is None
+
+
+# In a model
+
+
+def micro(kind: str, dtype: str) -> tuple[Any, dict[str, Tensor]]:
+    """The micro preset with its linears quantised to a kind, and what each of them multiplies by."""
+    model = build("micro", dtype=DTYPES[dtype], device="cpu")
+    quantise(model, kind, ALL_LINEAR)
+    return model, {place: dequantised(base).clone() for place, base in find_targets(model, ALL_LINEAR).items()}
+
+
+def tokens(batch: int) -> Tensor:
+    return torch.randint(128, (batch, 5), generator=torch.Generator().manual_seed(1))
+
+
+def draw(weight: Tensor, spec: LoraSpec, seed: int) -> Factors:
+    d_out, d_in = weight.shape
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(spec.rank, d_in, generator=generator) / d_in**0.5
+    return Factors(a.to(weight.dtype), torch.randn(d_out, spec.rank, generator=generator).to(weight.dtype))
+
+
+def capture(model: nn.Module, places: list[str], batch: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """What each layer got and gave in one forward: (batch, tokens, d_in) and (batch, tokens, d_out)."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def note(place: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
+        return lambda _, inputs, output: seen.update({place: (inputs[0].clone(), output.clone())})
+
+    handles = [model.get_submodule(place).register_forward_hook(note(place)) for place in places]
+    with torch.no_grad():
+        model(tokens(batch))
+    for handle in handles:
+        handle.remove()
+    assert list(seen) == places
+    return seen
+
+
+def test_every_shipped_subject_and_kind_of_base_is_tried_here() -> None:
+    here = [name for name in shipped() if missing(name) is None]
+
+    assert {(name, kind) for name in here for kind in find(name).layers} == {
+        (name, kind) for name, kind in PLACES if name in here
+    }
+    assert {name for name, _ in PLACES} == set(shipped())
+
+
+@EVERY_PLACE
+@BOTH_DTYPES
+def test_every_subject_computes_the_definition_in_every_layer_of_a_model(name: str, kind: str, dtype: str) -> None:
+    subject, (model, weights) = subject_here(name, kind), micro(kind, dtype)
+    layers = adapt(model, subject, SPEC, ALL_LINEAR)
+    factors = {place: draw(weight, SPEC, seed) for seed, (place, weight) in enumerate(weights.items())}
+    for place, layer in layers.items():
+        subject.load(layer, factors[place])
+
+    assert list(layers) == list(weights)
+    for place, (x, y) in capture(model, list(layers), batch=3).items():
+        terms = x.flatten(0, 1), weights[place], None, factors[place], SPEC.scaling
+        allowed = bounds.separate(*terms, Arithmetic.of(DTYPES[dtype]))
+        deviation = worst(y.flatten(0, 1), definition.forward(*terms), allowed)
+        assert y.dtype == DTYPES[dtype]
+        assert deviation.ratio <= 1, (place, deviation)
+        assert bounds.visibility(definition.delta(terms[0], factors[place], SPEC.scaling), allowed) > 1, place
+
+
+@EVERY_PLACE
+def test_only_the_factors_train_and_they_are_r_times_d_plus_k(name: str, kind: str) -> None:
+    subject, (model, weights) = subject_here(name, kind), micro(kind, "fp32")
+    layers = adapt(model, subject, SPEC, ALL_LINEAR)
+    assert subject.factors
+    live = {id(tensor) for layer in layers.values() for tensor in vars(subject.factors(layer)).values()}
+    trained = {id(parameter): parameter for parameter in model.parameters() if parameter.requires_grad}
+
+    assert trained.keys() == live
+    assert sum(map(torch.numel, trained.values())) == sum(SPEC.parameters(*w.T.shape) for w in weights.values())
+    model(tokens(2), labels=tokens(2)).loss.backward()
+    assert all(parameter.grad is not None for parameter in trained.values())
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", shipped())
+def test_a_layer_takes_the_mode_of_the_model(name: str, training: bool) -> None:
+    subject, (model, _) = subject_here(name), micro("linear", "fp32")
+    adapt(model.train(training), subject, LoraSpec(2, 4.0, dropout=0.5), ["q_proj"])
+
+    assert {module.training for module in model.modules()} == {training}
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_adapting_twice_is_an_error(name: str) -> None:
+    subject, (model, _) = subject_here(name), micro("linear", "fp32")
+    adapt(model, subject, SPEC, ["q_proj"])
+    with pytest.raises(ValueError, match=rf"adapted already, by {name} at model\.layers\.0\.self_attn\.q_proj$"):
+        adapt(model, subject, SPEC, ["q_proj"])
+
+
+SPECS = [LoraSpec(2, 3.0), LoraSpec(5, 2.0), LoraSpec(3, 12.0)]
+IDS = torch.tensor([1, -1, 0, 2, 1])
+
+
+def routed(name: str, kind: str, dtype: str) -> tuple[Any, Router, dict[str, Tensor], dict[str, Any]]:
+    subject, (model, weights) = subject_here(name, kind), micro(kind, dtype)
+    layers = adapt(model, subject, SPEC, ALL_LINEAR)
+    adapters = {}
+    for seed, (place, weight) in enumerate(weights.items()):
+        subject.load(layers[place], draw(weight, SPEC, 1000 + seed))
+        adapters[place] = [(spec, draw(weight, spec, 10 * seed + index)) for index, spec in enumerate(SPECS)]
+    return model, route_model(model, subject, layers, adapters), weights, adapters
+
+
+@EVERY_COMPLETE_PLACE
+@BOTH_DTYPES
+def test_each_row_of_a_mixed_batch_goes_through_its_own_adapter(name: str, kind: str, dtype: str) -> None:
+    model, router, weights, adapters = routed(name, kind, dtype)
+    with router.ids(IDS):
+        seen = capture(model, list(weights), batch=len(IDS))
+    for place, (x, y) in seen.items():
+        for row, index in enumerate(IDS.tolist()):
+            spec, factors = adapters[place][max(index, 0)]
+            terms = x[row], weights[place], None, factors, spec.scaling if index >= 0 else 0.0
+            allowed = bounds.separate(*terms, Arithmetic.of(DTYPES[dtype]))
+            deviation = worst(y[row], definition.forward(*terms), allowed)
+            assert deviation.ratio <= 1, (place, index, deviation)
+            assert index < 0 or bounds.visibility(definition.delta(x[row], factors, spec.scaling), allowed) > 1
+
+
+@EVERY_COMPLETE_PLACE
+def test_an_unknown_adapter_is_an_error(name: str, kind: str) -> None:
+    model, router, _, _ = routed(name, kind, "fp32")
+    with router.ids(torch.tensor([0, 3])), pytest.raises(IndexError, match=r"^adapter id 3 is not in the pool of 3$"):
+        model(tokens(2))
+    with pytest.raises(ValueError, match=r"^adapter ids start at -1 .no adapter., got -2$"):
+        router.ids(torch.tensor([0, -2])).__enter__()
+    assert router.plan is None
