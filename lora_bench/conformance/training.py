@@ -1,0 +1,137 @@
+"""What trains, and by which gradients."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
+
+from lora_bench import bounds, definition
+from lora_bench.case import cases
+from lora_bench.conformance.check import WIDE, check
+from lora_bench.conformance.outcome import Fails, blaming
+from lora_bench.spec import Factors
+
+if TYPE_CHECKING:
+    from lora_bench.conformance.trial import Trial
+    from lora_bench.subject import Layer
+
+
+@check("A and B require a gradient, and nothing else does.")
+def only_factors_train(trial: Trial) -> None:
+    trainable = trial.trainable(trial.wrap())
+    found = sorted(sorted(parameter.shape) for parameter in trainable.values())
+    wanted = sorted(sorted(factor.shape) for factor in (trial.factors.a, trial.factors.b))
+    listed = ", ".join(f"{name} {tuple(parameter.shape)}" for name, parameter in trainable.items()) or "nothing"
+    trial.require(found == wanted, f"what trains is {listed}; wanted A and B, of the sizes {wanted}")
+
+
+@check("An adapter trains r (d_in + d_out) numbers.", after="training.only_factors_train")
+def parameter_count(trial: Trial) -> None:
+    trained = sum(parameter.numel() for parameter in trial.trainable(trial.wrap()).values())
+    wanted = trial.spec.parameters(trial.case.d_in, trial.case.d_out)
+    trial.near("trainable parameters", torch.tensor(trained), torch.tensor(wanted))
+
+
+@check(
+    "The gradients of A, B and x are those of the formulas.",
+    needs=("factors",),
+    after="forward.matches_definition",
+)
+def gradients_match_formulas(trial: Trial) -> None:
+    judge_gradients(trial, trial.layer(), trial.terms.weight)
+
+
+def judge_gradients(trial: Trial, layer: Layer, weight: Tensor) -> None:
+    """Fail unless dL/dA, dL/dB and dL/dx over this base weight are those of the formulas."""
+    x = trial.x.requires_grad_()
+    trial.backward(trial.call(layer, x), trial.grad)
+    live = trial.factors_of(layer)
+    terms = (trial.x, trial.grad, weight, trial.factors, trial.spec.scaling)
+    wanted, allowed = definition.gradients(*terms), bounds.gradients(*terms, trial.arithmetic)
+    for name, leaf in (("a", live.a), ("b", live.b), ("x", x)):
+        gradient = trial.tensor_of(f"the gradient of {name}", leaf.grad)
+        trial.near(f"grad of {name}", gradient, getattr(wanted, name), getattr(allowed, name))
+    trial.visible(wanted.a, allowed.a)
+    trial.visible(wanted.b, allowed.b)
+
+
+@check(
+    "The gradients of A, B and x are the slopes of the output.",
+    after="training.gradients_match_formulas",
+    cases=cases(
+        dtype=st.just("fp64"),
+        tokens=st.integers(1, 2),
+        d_in=st.integers(1, 4),
+        d_out=st.integers(1, 4),
+        rank=st.integers(1, 3),
+    ),
+)
+def gradcheck(trial: Trial) -> None:
+    layer = trial.layer()
+    x, weight, bias, factors, scaling = trial.terms
+    # The output is linear in each number of x, A and B alone, so that a step of 1 truncates nothing and the slope
+    # errs by the output's own rounding at the far ends of the steps.
+    step = 1.0
+    ends = Factors(factors.a.abs() + step, factors.b.abs() + step)
+    far = bounds.separate(x.abs() + step, weight, bias, ends, scaling, trial.arithmetic)
+    analytic = bounds.gradients(x, torch.ones_like(trial.grad), weight, factors, scaling, trial.arithmetic)
+    allowed = far.max() / step + max(bound.max() for bound in analytic)
+
+    leaves = [trial.x.requires_grad_(), *trial.trainable(layer).values()]
+    with blaming("backward"):
+        try:
+            torch.autograd.gradcheck(
+                lambda x, *_: trial.call(layer, x), leaves, eps=step, atol=float(allowed), rtol=0.0
+            )
+        except GradcheckError as mismatch:
+            raise Fails(str(mismatch).strip()) from None
+
+
+@check(
+    "Optimiser steps move A and B and leave the base as it was, bit for bit.",
+    needs=("weight",),
+    after="training.only_factors_train",
+    cases=cases(dtype=WIDE),
+)
+def base_is_untouched_by_a_step(trial: Trial) -> None:
+    judge_steps(trial, trial.layer())
+
+
+def judge_steps(trial: Trial, layer: Layer) -> None:
+    """Fail unless AdamW over every parameter of the layer moves what trains, and neither weight nor bias."""
+    parameters = trial.parameters(layer)
+    # The factors are matrices: whatever is a vector is of the base.
+    vectors = {name: parameter.detach().clone() for name, parameter in parameters.items() if parameter.ndim == 1}
+    before = {name: parameter.detach().clone() for name, parameter in trial.trainable(layer).items()}
+    weight = trial.weight_of(layer)
+    optimiser = torch.optim.AdamW(parameters.values(), lr=0.1)
+    for _ in range(2):
+        optimiser.zero_grad()
+        trial.backward(trial.call(layer, trial.x), trial.grad)
+        optimiser.step()
+    trial.near("the base's weight", trial.weight_of(layer), weight)
+    for name, vector in vectors.items():
+        trial.near(name, parameters[name], vector)
+    still = [name for name, value in before.items() if torch.equal(value, parameters[name])]
+    trial.require(bool(before) and not still, f"a step does not move {', '.join(still) or 'anything'}")
+
+
+@check(
+    "While B is zero A gets no gradient and B does.",
+    needs=("factors",),
+    after="training.gradients_match_formulas",
+)
+def gradient_at_zero_b(trial: Trial) -> None:
+    layer = trial.wrap()
+    live = trial.factors_of(layer)
+    a, b = live.a.detach().double(), torch.zeros_like(live.b).double()
+    trial.backward(trial.call(layer, trial.x), trial.grad)
+    terms = (trial.x, trial.grad, trial.terms.weight, Factors(a, b), trial.spec.scaling)
+    wanted, allowed = definition.gradients(*terms), bounds.gradients(*terms, trial.arithmetic)
+    trial.near("grad of a", trial.tensor_of("the gradient of a", live.a.grad), wanted.a, allowed.a)
+    trial.near("grad of b", trial.tensor_of("the gradient of b", live.b.grad), wanted.b, allowed.b)
+    trial.visible(wanted.b, allowed.b)

@@ -1,0 +1,253 @@
+"""`Trial`: one case put before a subject, with what a check may ask of the subject and say about the answer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_bench import bounds, definition
+from lora_bench.conformance.outcome import Fails, Inconclusive, NotOffered, blaming
+from lora_bench.models.bases import base_layer, dequantised
+from lora_bench.spec import Factors
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lora_bench.case import Case
+    from lora_bench.spec import LoraSpec
+    from lora_bench.subject import Layer, Subject
+
+
+class Terms(NamedTuple):
+    """What `definition` and `bounds` take, in their order."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    factors: Factors
+    scaling: float
+
+
+class Trial:
+    """A case's tensors, a subject's verbs and the definition, brought together.
+
+    Every tensor and base layer that it gives out is a fresh copy, since a subject may keep or overwrite what it gets;
+    `terms` alone are the originals, for `definition` and `bounds`. Verbs are called through here, so that what they
+    raise is laid to the subject and an error of a check is not. `deviation` is the largest that was found.
+    """
+
+    def __init__(self, subject: Subject, case: Case, kind: str = "linear") -> None:
+        self.subject = subject
+        self.case = case
+        self.kind = kind
+        self.spec = case.spec
+        self.arithmetic = bounds.Arithmetic.of(case.torch_dtype)
+        self.deviation: bounds.Deviation | None = None
+        self.tensor = ""
+        self._problem = case.draw()
+
+    # What a check starts from
+
+    @property
+    def x(self) -> Tensor:
+        """The input, (tokens, d_in)."""
+        return self._problem.x.clone()
+
+    @property
+    def grad(self) -> Tensor:
+        """A loss's gradient at the output, (tokens, d_out)."""
+        return self._problem.grad.clone()
+
+    @property
+    def ids(self) -> Tensor:
+        """An adapter for each token, (tokens,) int64 in -1 .. adapters - 1."""
+        return self._problem.ids.clone()
+
+    @property
+    def factors(self) -> Factors:
+        """The first adapter's."""
+        return copied(self._problem.adapters[0][1])
+
+    @property
+    def adapters(self) -> list[tuple[LoraSpec, Factors]]:
+        """Every adapter of the case."""
+        return [(spec, copied(factors)) for spec, factors in self._problem.adapters]
+
+    @property
+    def terms(self) -> Terms:
+        """The case as drawn: for the definition and the bounds, never for a subject."""
+        problem = self._problem
+        return Terms(problem.x, problem.weight, problem.bias, problem.adapters[0][1], self.spec.scaling)
+
+    @property
+    def bare_terms(self) -> Terms:
+        """The terms of the base alone, its adapter all zeros."""
+        a, b = self.terms.factors.a, self.terms.factors.b
+        return self.terms._replace(factors=Factors(torch.zeros_like(a), torch.zeros_like(b)), scaling=0.0)
+
+    def base(self) -> Layer:
+        """A base layer with the case's weight and bias, of the kind under trial."""
+        weight, bias = self.terms.weight, self.terms.bias
+        linear = nn.Linear(self.case.d_in, self.case.d_out, bias=bias is not None, dtype=weight.dtype)
+        with torch.no_grad():
+            linear.weight.copy_(weight)
+            if bias is not None:
+                linear.bias.copy_(bias)
+        try:
+            return base_layer(self.kind, linear)
+        except (ImportError, TypeError) as reason:  # not installed, or not of this dtype
+            raise NotOffered(str(reason)) from None
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The weight that a fresh base layer multiplies by: the case's own, or what its 4 bits stand for."""
+        return dequantised(self.base())
+
+    # What is asked of the subject
+
+    def ask(self, verb: str, *arguments: Any) -> Any:
+        """What the subject's verb returns."""
+        with blaming(verb):
+            return getattr(self.subject, verb)(*arguments)
+
+    def wrap(self, spec: LoraSpec | None = None) -> Layer:
+        """A layer as `wrap` makes it, of the case's spec or another; NotOffered where the subject says so."""
+        self.must_support(spec := spec or self.spec)
+        return self.ask("wrap", self.base(), spec)
+
+    def layer(self, factors: Factors | None = None, spec: LoraSpec | None = None) -> Layer:
+        """A layer with factors loaded, the case's first or others."""
+        layer = self.wrap(spec)
+        self.ask("load", layer, factors or self.factors)
+        return layer
+
+    def must_support(self, spec: LoraSpec) -> None:
+        """Raise NotOffered where the subject says that it does not do such a spec."""
+        if reason := self.ask("supports", spec):
+            raise NotOffered(reason)
+
+    def call(self, layer: Layer, x: Tensor) -> Tensor:
+        """The layer's output."""
+        with blaming("forward"):
+            y = layer(x)
+        return self.tensor_of("the output", y)
+
+    def backward(self, y: Tensor, grad: Tensor) -> None:
+        """Propagate a loss's gradient at `y`."""
+        with blaming("backward"):
+            y.backward(grad)
+
+    def merge(self, layer: Layer) -> Layer:
+        """The merged callable: what `merge` returns, or the layer itself."""
+        merged = self.ask("merge", layer)
+        return layer if merged is None else merged
+
+    def module(self, layer: Layer) -> nn.Module:
+        """The layer, which must have parameters and a training mode; NotOffered where it has not."""
+        if not isinstance(layer, nn.Module):
+            raise NotOffered("the layer is no torch module")
+        return layer
+
+    def train(self, layer: Layer, training: bool) -> None:
+        """Put the layer into training or evaluation mode."""
+        module = self.module(layer)
+        with blaming("train"):
+            module.train(training)
+
+    def parameters(self, layer: Layer) -> dict[str, Tensor]:
+        """The layer's parameters by name."""
+        module = self.module(layer)
+        with blaming("named_parameters"):
+            return dict(module.named_parameters())
+
+    def trainable(self, layer: Layer) -> dict[str, Tensor]:
+        """Those that require a gradient."""
+        return {name: value for name, value in self.parameters(layer).items() if value.requires_grad}
+
+    def weight_of(self, layer: Layer) -> Tensor:
+        """A copy of the weight that the base path multiplies by now."""
+        weight = self.tensor_of("the weight", self.ask("weight", layer)).detach().clone()
+        self.require_shape("the weight", weight, (self.case.d_out, self.case.d_in))
+        return weight
+
+    def factors_of(self, layer: Layer) -> Factors:
+        """The live parameters."""
+        factors = self.ask("factors", layer)
+        if not isinstance(factors, Factors):
+            raise Fails(f"factors gave a {type(factors).__name__}, not Factors")
+        return factors
+
+    # What is said about the answer
+
+    def require(self, holds: bool, because: str) -> None:
+        """Fail `because` unless it holds."""
+        if not holds:
+            raise Fails(because)
+
+    def require_shape(self, name: str, found: Tensor, shape: Sequence[int]) -> None:
+        """Fail unless `found` is of that shape."""
+        self.require(found.shape == tuple(shape), f"{name} is of shape {tuple(found.shape)}, wanted {tuple(shape)}")
+
+    def tensor_of(self, name: str, found: Any) -> Tensor:
+        """`found`, which must be a tensor."""
+        if not isinstance(found, Tensor):
+            raise Fails(f"{name} is a {type(found).__name__}, not a tensor")
+        return found
+
+    def near(self, tensor: str, found: Tensor, wanted: Tensor, allowed: Tensor | float = 0.0) -> None:
+        """Fail where |found - wanted| exceeds `allowed` (0: must be equal) anywhere.
+
+        Inconclusive where the answer is not finite and the magnitudes behind it are near the end of the dtype's range.
+        """
+        self.require_shape(tensor, found, wanted.shape)
+        deviation = bounds.worst(found, wanted, allowed)
+        if self.deviation is None or deviation.ratio > self.deviation.ratio:
+            self.deviation, self.tensor = deviation, tensor
+        if deviation.ratio <= 1:
+            return
+        # A bound is at least one unit roundoff of the magnitudes that it is made of.
+        magnitude = deviation.allowed / self.arithmetic.unit
+        if not found.isfinite().all() and magnitude > torch.finfo(self.case.torch_dtype).max:
+            raise Inconclusive(f"{self.case.dtype} overflows")
+        raise Fails(tensor=tensor, deviation=deviation)
+
+    def visible(self, effect: Tensor, allowed: Tensor) -> None:
+        """Raise Inconclusive unless the absence of `effect` would have broken the bound."""
+        if bounds.visibility(effect, allowed) <= 1:
+            raise Inconclusive("the whole effect is within the bound")
+
+    def defined(self, y: Tensor, allowed: Tensor) -> None:
+        """Fail unless `y` is the definition's output, within a bound that an adapter left out would break."""
+        self.near("y", y, definition.forward(*self.terms), allowed)
+        self.visible(self.effect, allowed)
+
+    def bare(self, y: Tensor) -> None:
+        """Fail unless `y` is the base's output."""
+        self.near("y", y, definition.base(self.terms.x, self.terms.weight, self.terms.bias), self.bare_bound)
+
+    @property
+    def effect(self) -> Tensor:
+        """What the adapter adds to the output."""
+        return definition.delta(self.terms.x, self.terms.factors, self.terms.scaling)
+
+    @property
+    def separate_bound(self) -> Tensor:
+        """How far the output of base and adapter may stray."""
+        return bounds.separate(*self.terms, self.arithmetic)
+
+    @property
+    def merged_bound(self) -> Tensor:
+        """How far the output of the merged layer may stray."""
+        return bounds.merged(*self.terms, self.arithmetic)
+
+    @property
+    def bare_bound(self) -> Tensor:
+        """How far the base's own output may stray."""
+        return bounds.separate(*self.bare_terms, self.arithmetic)
+
+
+def copied(factors: Factors) -> Factors:
+    """The same values in other storage."""
+    return Factors(factors.a.clone(), factors.b.clone())

@@ -1,0 +1,121 @@
+"""`Verdict`: what was found of one check on one subject; how a failure reads; the line that sums a run up."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from lora_bench.bounds import Deviation
+    from lora_bench.case import Case
+    from lora_bench.conformance.check import Check
+
+Status = Literal["conforms", "fails", "error", "inconclusive", "blocked", "not_offered"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found of `check` on the subject of that name.
+
+    conforms: every case that could be judged holds; `deviation` is the largest, and `case` the one that had it.
+    fails: the subject does not do what is claimed, in `case`, the smallest found.
+    error: the check itself raised, and nothing is said about the subject.
+    inconclusive: no case could tell. blocked: the check that this one comes `after` failed.
+    not_offered: the subject lacks a verb, or says that it does not do this.
+
+    `tensor` names what deviates, `because` says the rest, `address` is how the command line finds the subject.
+    """
+
+    subject: str
+    check: Check
+    status: Status
+    case: Case | None = None
+    tensor: str = ""
+    deviation: Deviation | None = None
+    because: str = ""
+    address: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it makes a run fail."""
+        return self.status in ("fails", "error")
+
+    @property
+    def replay(self) -> str:
+        """The command that judges this case again."""
+        return shlex.join(["lora-bench", "replay", self.address or self.subject, self.check.id, str(self.case)])
+
+    def __str__(self) -> str:
+        """Subject and check, claim, case, what was found and wanted and allowed, and the command that replays it."""
+        if self.status == "error":
+            head = f"lora-bench could not judge {self.subject}: {self.check.id}"
+        else:
+            head = f"{self.subject} {WORDING[self.status]}: {self.check.id}"
+        rows = [("claim", self.check.claim)]
+        if self.case is not None:
+            rows.append(("case", str(self.case)))
+        if self.deviation is not None:
+            rows += _measured(self.tensor, self.deviation)
+        if self.because:
+            rows.append(("because", self.because.replace("\n", "\n" + " " * 13)))
+        if self.failed:
+            rows.append(("replay", self.replay))
+        return "\n".join([head, *(f"  {name:<10} {text}" for name, text in rows)])
+
+
+WORDING = {
+    "conforms": "conforms",
+    "fails": "does not conform",
+    "error": "could not be judged",
+    "inconclusive": "is not judged (inconclusive)",
+    "blocked": "is not judged (blocked)",
+    "not_offered": "is not judged (not offered)",
+}
+
+
+class Nonconformance(AssertionError):
+    """A verdict that makes a run fail, raised; its message is all that there is to know."""
+
+    # How it is named at the top of a pytest report.
+    __module__ = "lora_bench"
+
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__(str(verdict))
+        self.verdict = verdict
+
+
+def _measured(tensor: str, deviation: Deviation) -> list[tuple[str, str]]:
+    place = f"{tensor}[{','.join(map(str, deviation.at))}]" if deviation.at else tensor
+    # As many digits as it takes to tell them apart.
+    digits = next(
+        (digits for digits in (6, 9) if f"{deviation.found:.{digits}g}" != f"{deviation.wanted:.{digits}g}"), 17
+    )
+    found = f"{place} = {deviation.found:.{digits}g}, wanted {deviation.wanted:.{digits}g}"
+    if deviation.allowed == 0:
+        return [("found", found), ("error", f"{deviation.error:.2e}, must be equal")]
+    ratio = f"  (x{deviation.ratio:.1e})" if math.isfinite(deviation.ratio) else ""
+    return [("found", found), ("error", f"{deviation.error:.2e}, allowed {deviation.allowed:.2e}{ratio}")]
+
+
+def summary(verdicts: Iterable[Verdict]) -> str:
+    """A line for each subject: how many checks conform and fail, and how many were not judged, with the reasons."""
+    return "\n".join(_line(name, list(own)) for name, own in groupby(verdicts, lambda verdict: verdict.subject))
+
+
+def _line(subject: str, verdicts: list[Verdict]) -> str:
+    def count(status: Status) -> int:
+        return sum(verdict.status == status for verdict in verdicts)
+
+    parts = [f"{count('conforms')} of {len(verdicts)} checks conform", f"{count('fails')} fail"]
+    if errors := count("error"):
+        parts.append(f"{errors} could not be judged")
+    for status in ("inconclusive", "blocked", "not_offered"):
+        reasons = dict.fromkeys(verdict.because for verdict in verdicts if verdict.status == status)
+        if reasons:
+            parts.append(f"{count(status)} {status.replace('_', ' ')} ({'; '.join(reasons)})")
+    return f"lora_bench: {subject} {', '.join(parts)}"

@@ -1,0 +1,200 @@
+"""The command line, and the checks as pytest tests: what an implementer types, and what comes back."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+from lora_bench import __version__, conformance, subjects
+from lora_bench.__main__ import exit_code, main
+from lora_bench.conformance import CHECKS, Verdict, find_check
+
+pytest_plugins = ["pytester"]
+
+# What an implementer writes, without a third-party library.
+PLUG_IN = dedent("""\
+    from torch import nn
+    from lora_bench import Subject
+    class Lora(nn.Module):
+        def __init__(self, base, spec):
+            super().__init__()
+            self.base, self.scaling = base.requires_grad_(False), spec.scaling
+            self.a = nn.Parameter(base.weight.new_empty(spec.rank, base.in_features).normal_())
+            self.b = nn.Parameter(base.weight.new_zeros(base.out_features, spec.rank))
+        def forward(self, x):
+            return self.base(x) + self.scaling * (x @ self.a.T @ self.b.T)
+    def load(layer, factors):
+        layer.a.data.copy_(factors.a), layer.b.data.copy_(factors.b)
+    ACME = Subject("acme", Lora, load, supports=lambda spec: "no dropout" if spec.dropout else None)
+    """)
+WRONG = PLUG_IN.replace("self.scaling *", "2 * self.scaling *")
+OFFERED = [check for check in CHECKS if not check.needs and "linear" in check.bases]
+
+
+@pytest.fixture
+def acme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of the plug-in, in the present folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("acme.py").write_text(PLUG_IN)
+    return "acme.py:ACME"
+
+
+@pytest.fixture
+def wrong(acme: str) -> str:
+    """The address of a plug-in with a bug."""
+    Path("wrong.py").write_text(WRONG)
+    return "wrong.py:ACME"
+
+
+@pytest.fixture
+def few_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conformance, "CHECKS", [*CHECKS[:5], find_check("state.survives_deepcopy")])
+
+
+def test_help_does_not_import_torch() -> None:
+    program = (
+        "import sys, lora_bench.__main__ as m\ntry: m.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    )
+
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+
+    assert "conform" in shown
+    assert "replay" in shown
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"lora-bench {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("conform --lora-subject nobody", "no subject is called 'nobody'"),
+        ("conform --lora-subject nowhere.py:ACME", "there is no file nowhere.py"),
+        ("replay nobody merge.twice_is_once 't1 i1'", "no subject is called 'nobody'"),
+        ("replay reference merge.thrice 't1 i1'", "no check is called 'merge.thrice'; the nearest are merge"),
+        ("replay reference merge.twice_is_once 't1 z1'", "'z1' is no part of a case"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_exit_code_2(
+    arguments: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(shlex.split(arguments)) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith(f"lora-bench {arguments.split(maxsplit=1)[0]}: ")
+    assert sentence in told.err
+    assert told.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", ["", "conform nobody", "replay reference"])
+def test_a_command_that_is_none_shows_the_usage(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(arguments.split())
+    assert capsys.readouterr().err.startswith("usage: lora-bench")
+
+
+def test_conform_prints_a_line_for_each_check_and_a_summary(
+    acme: str, few_checks: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["conform", "--lora-subject", acme, "--lora-subject", "reference"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "acme"
+    assert re.fullmatch(r"  conforms      forward\.matches_definition +error 0\.\d\d of the bound", lines[1])
+    assert re.fullmatch(r"  conforms      forward\.keeps_dtype", lines[2])
+    assert re.fullmatch(r"  not offered   forward\.disabled_is_base +no enable", lines[5])
+    assert lines[8] == "reference"
+    assert lines[-2:] == [
+        "lora_bench: acme 5 of 6 checks conform, 0 fail, 1 not offered (no enable)",
+        "lora_bench: reference 6 of 6 checks conform, 0 fail",
+    ]
+
+
+def test_the_replay_command_of_a_failure_shows_it_again(
+    wrong: str, few_checks: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["conform", "--lora-subject", wrong]) == 1
+    told = capsys.readouterr().out
+    start, end = told.index("acme does not conform"), told.index("\n\nlora_bench: acme")
+    message = told[start:end]
+    command = shlex.split(message.splitlines()[-1].removeprefix("  replay "))
+    assert command[:4] == ["lora-bench", "replay", "wrong.py:ACME", "forward.matches_definition"]
+
+    assert main(command[1:]) == 1
+    assert capsys.readouterr().out == f"{message}\n"
+
+
+def test_a_case_that_holds_replays_as_such(acme: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", acme, "forward.matches_definition", "t1 i1 o1 r1 a1 fp64 s0"]) == 0
+    assert capsys.readouterr().out == "conforms\n"
+
+
+def test_a_case_that_cannot_be_judged_is_neither_right_nor_wrong(acme: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", acme, "merge.equals_definition", "t1 i1 o1 r1 a1 fp64 s0"]) == 6
+    assert capsys.readouterr().out.startswith("acme is not judged (not offered): merge.equals_definition\n")
+
+
+@pytest.mark.parametrize(
+    ("statuses", "code"),
+    [
+        ("conforms conforms", 0),
+        ("conforms not_offered", 0),
+        ("not_offered not_offered", 6),
+        ("conforms inconclusive", 6),
+        ("inconclusive fails blocked", 1),
+        ("conforms error", 1),
+    ],
+)
+def test_exit_codes(statuses: str, code: int) -> None:
+    assert exit_code([Verdict("acme", CHECKS[0], status) for status in statuses.split()]) == code  # type: ignore[arg-type]
+
+
+def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
+    return pytester.runpytest_inprocess("-p", "lora_bench.plugin", "-p", "no:cacheprovider", "-rs", *arguments)
+
+
+def test_a_plug_in_is_judged_by_its_path(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(acme=PLUG_IN)
+    result = run(pytester, "--pyargs", "lora_bench.conformance", "--lora-subject", "acme.py:ACME", "-vv")
+
+    result.assert_outcomes(passed=len(OFFERED) - 1, skipped=len(CHECKS) - len(OFFERED) + 1)
+    result.stdout.fnmatch_lines(
+        ["*test_conforms?acme-forward.matches_definition?*PASSED*", "SKIPPED*: not offered: no pool and route"]
+    )
+
+
+def test_a_failure_is_its_message_and_shows_none_of_our_code(pytester: pytest.Pytester) -> None:
+    test = "\nfrom lora_bench import conforms\n@conforms(ACME)\ndef test_acme(check):\n    check()\n"
+    pytester.makepyfile(test_acme=WRONG + test)
+    result = run(pytester, "-k", "matches_definition or equals_definition")
+
+    result.assert_outcomes(failed=1, skipped=3)
+    result.stdout.fnmatch_lines(
+        [
+            ">*check()",
+            "E * lora_bench.Nonconformance: acme does not conform: forward.matches_definition",
+            "E * claim      The output is W x + b + s B A x.",
+            "E * replay     lora-bench replay test_acme.py:ACME forward.matches_definition 't1 i1 o1 r1 a1 fp64 s0'",
+        ]
+    )
+    result.stdout.no_fnmatch_line("*collect.py*Nonconformance*")
+    result.stdout.no_fnmatch_line("*judge.py*")
+
+
+def test_the_suite_of_shipped_subjects_says_what_to_install(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subjects, "missing", lambda name: None if name == "reference" else f"pip install {name}")
+    suite = Path(__file__).parent.parent / "suites" / "conformance"
+    result = run(pytester, str(suite), "-k", "keeps_dtype or peft or loralib")
+
+    result.assert_outcomes(passed=2, skipped=2)
+    result.stdout.fnmatch_lines(["SKIPPED*pip install peft", "SKIPPED*pip install loralib"])
