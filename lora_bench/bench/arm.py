@@ -1,0 +1,173 @@
+"""An arm of a comparison: one subject in one set-up, put into a model, with the steps that are timed."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache
+
+from lora_bench.case import DTYPES
+from lora_bench.models.bases import quantise
+from lora_bench.models.inject import adapt, find_targets, replace
+from lora_bench.models.routing import route_model
+from lora_bench.spec import Factors, LoraSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from lora_bench.bench.workload import Workload
+    from lora_bench.models.routing import Router
+    from lora_bench.subject import Subject
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass
+class Arm:
+    """A model ready to run, and what is needed to judge it.
+
+    layers: the replaced modules by name; controls: the same layers without an adapter, whose (dequantised) weight and
+    bias the definition uses; adapters: the spec and factors of each layer's adapters; ids: which adapter each sequence
+    of a batch uses.
+    """
+
+    setup: str
+    model: PreTrainedModel
+    layers: dict[str, nn.Module] = field(default_factory=dict)
+    controls: dict[str, nn.Module] = field(default_factory=dict)
+    adapters: dict[str, list[tuple[LoraSpec, Factors]]] = field(default_factory=dict)
+    router: Router | None = None
+    ids: Tensor | None = None
+
+    def routed(self) -> AbstractContextManager[object]:
+        """The context in which a forward of this arm runs."""
+        return nullcontext() if self.router is None or self.ids is None else self.router.ids(self.ids)
+
+
+def build_arm(
+    model: PreTrainedModel, subject: Subject | None, workload: Workload, pristine: PreTrainedModel | None = None
+) -> Arm:
+    """The arm of `workload`, made of `model` in place; `pristine` holds the same weights, unadapted, to judge it by.
+
+    B is random and not zero, of a size that makes the adapter's output about as large as the base's: time does not
+    depend on it, and a dropped adapter cannot hide in the rounding.
+    """
+    if subject is None:
+        return Arm(workload.setup, model)
+    spec = LoraSpec(workload.rank, alpha=2.0 * workload.rank)
+    adapters = {name: draw_adapters(name, layer, workload) for name, layer in find_targets(model, TARGETS).items()}
+    if workload.setup == "four_bit":
+        quantise(model, next(kind for kind in subject.layers if kind != "linear"), TARGETS)
+    bases = find_targets(model, TARGETS)
+    layers = adapt(model, subject, spec, TARGETS)
+    for name, layer in layers.items():
+        subject.load(layer, adapters[name][0][1])
+    arm = Arm(workload.setup, model.eval())
+    if pristine is not None:  # otherwise nothing is judged, and what judges would be weighed with the model
+        arm.adapters = adapters
+        arm.controls = bases if workload.setup == "four_bit" else find_targets(pristine, TARGETS)
+    if workload.setup == "merged":
+        merge: Callable[[Any], Any] = subject.merge_and_unload or subject.merge  # type: ignore[assignment]  # offers one
+        for name, layer in layers.items():
+            merged = merge(layer)
+            replace(model, name, layer if merged is None else merged)
+    elif workload.setup == "batched":
+        arm.router = route_model(model, subject, layers, adapters)
+        arm.ids = torch.arange(workload.batch) % workload.adapters
+    arm.layers = {name: model.get_submodule(name) for name in layers}
+    return arm
+
+
+def draw_adapters(name: str, linear: Any, workload: Workload) -> list[tuple[LoraSpec, Factors]]:
+    """Seeded random adapters of one layer: of one rank, each with its own scale, so that a mixed-up one is seen."""
+    weight = linear.weight.detach()
+    d_out, d_in = weight.shape
+    generator = torch.Generator(weight.device).manual_seed(zlib.crc32(name.encode()))
+    place = {"generator": generator, "device": weight.device, "dtype": torch.float32}
+    spread = float(weight.float().std())
+    drawn = []
+    for index in range(workload.adapters):
+        own = LoraSpec(workload.rank, alpha=2 * workload.rank * (1 + index / workload.adapters))
+        size = spread * math.sqrt(d_in / own.rank) / own.scaling
+        a = torch.randn(own.rank, d_in, **place) / math.sqrt(d_in)
+        b = torch.randn(d_out, own.rank, **place) * size
+        drawn.append((own, Factors(a.to(weight.dtype), b.to(weight.dtype))))
+    return drawn
+
+
+@dataclass(frozen=True)
+class Step:
+    """One timed call: `prepare` is not timed."""
+
+    run: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
+
+
+def make_step(arm: Arm, workload: Workload) -> Step:
+    """The step of the workload's phase: what is timed is what was judged, on the same modules."""
+    return {"prefill": _prefill, "decode": _decode, "train": _train}[workload.phase](arm, workload)
+
+
+def draw_tokens(arm: Arm, batch: int, length: int) -> Tensor:
+    """Seeded random token ids (batch, length) on the model's device."""
+    tokens = torch.randint(arm.model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
+    return tokens.to(arm.model.device)
+
+
+def _prefill(arm: Arm, workload: Workload) -> Step:
+    tokens = draw_tokens(arm, workload.batch, workload.sequence)
+
+    @torch.inference_mode()
+    def run() -> object:
+        with arm.routed():
+            return arm.model(tokens, use_cache=True, logits_to_keep=1)
+
+    return Step(run)
+
+
+def _decode(arm: Arm, workload: Workload) -> Step:
+    tokens = draw_tokens(arm, workload.batch, workload.sequence + 1)
+    cache = DynamicCache(config=arm.model.config)
+    with torch.inference_mode(), arm.routed():
+        arm.model(tokens[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    @torch.inference_mode()
+    def run() -> object:
+        with arm.routed():
+            return arm.model(tokens[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    def forget() -> None:
+        if extra := cache.get_seq_length() - workload.sequence:
+            cache.crop(-extra)
+
+    return Step(run, prepare=forget)
+
+
+def _train(arm: Arm, workload: Workload) -> Step:
+    tokens = draw_tokens(arm, workload.batch, workload.sequence)
+    arm.model.train()
+    if arm.setup == "base":
+        arm.model.requires_grad_(True)
+    optimiser = torch.optim.AdamW([p for p in arm.model.parameters() if p.requires_grad], lr=1e-5)
+
+    def run() -> None:
+        arm.model(tokens, labels=tokens, use_cache=False).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    return Step(run)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype by our short name ("bf16")."""
+    dtype = getattr(torch, DTYPES[name])
+    assert isinstance(dtype, torch.dtype)
+    return dtype

@@ -1,0 +1,39 @@
+"""How long one step takes on a device, in seconds."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def wall_clock(step: Callable[[], object]) -> float:
+    """Seconds of one call on the CPU, by the monotonic clock."""
+    start = time.perf_counter_ns()
+    step()
+    return (time.perf_counter_ns() - start) / 1e9
+
+
+def event_clock(step: Callable[[], object], device: str = "cuda") -> float:
+    """Seconds on a CUDA device from idle to the end of the call's last kernel, by device events.
+
+    It starts on an idle device, so that no neighbour's queue is counted; time in which the device waits for the CPU
+    to launch is inside, since a user waits for it too.
+    """
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    start.record(torch.cuda.current_stream(device))
+    step()
+    end.record(torch.cuda.current_stream(device))
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def clock_of(device: str) -> Callable[[Callable[[], object]], float]:
+    """The clock of a device ("cpu", "cuda", "cuda:1")."""
+    return partial(event_clock, device=device) if device.startswith("cuda") else wall_clock

@@ -1,0 +1,67 @@
+"""The machine a figure was made on: figures of different machines are not compared."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_bench.bench import nvml
+
+
+def fingerprint(device: str) -> dict[str, Any]:
+    """What must be equal before two runs may be compared ("hard"), and what a reader wants to know ("soft")."""
+    hard: dict[str, Any] = {
+        "device": device.partition(":")[0],
+        "device_name": device_name(device),
+        "torch": torch.__version__,
+    }
+    soft: dict[str, Any] = {
+        "python": platform.python_version(),
+        "os": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "packages": {name: _version(name) for name in ("transformers", "peft", "bitsandbytes", "loralib", "triton")},
+    }
+    if device.startswith("cuda"):
+        uuid = device_uuid(device)
+        hard |= {
+            "cuda": torch.version.cuda,
+            "driver": str(nvml.driver_version(uuid)),
+            "power_limit_watts": _plain(nvml.power_limit_watts(uuid)),
+        }
+    else:
+        hard |= {"instructions": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
+    return {"hard": hard, "soft": soft}
+
+
+def device_name(device: str) -> str:
+    """The processor's or the GPU's own name."""
+    if device.startswith("cuda"):
+        return str(torch.cuda.get_device_name(device))
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def device_uuid(device: str) -> str:
+    """The CUDA device's UUID, as NVML knows it."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, nvml.Unavailable) else value

@@ -1,0 +1,191 @@
+"""No timing without proof: every adapted layer of the very model that is timed, against the float64 definition."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from lora_bench import bounds, definition
+from lora_bench.bench.arm import draw_tokens
+from lora_bench.bounds import Arithmetic, Deviation
+from lora_bench.models.bases import dequantised
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import Tensor, nn
+
+    from lora_bench.bench.arm import Arm, Step
+    from lora_bench.subject import Subject
+
+ROWS = 16
+TRAIN_TOKENS = 16
+
+
+class Wrong(AssertionError):
+    """An arm that does not compute LoRA, or whose adapter cannot be told from rounding; the text names the layer."""
+
+
+class Proof(NamedTuple):
+    """How many comparisons were made, the largest error beside its bound, and the least visibility of an adapter."""
+
+    checks: int
+    error_ratio: float
+    visibility: float
+
+
+class Capture(NamedTuple):
+    """Rows of one layer's forward: x (n, d_in), y (n, d_out), ids (n,) with the adapter of each."""
+
+    x: Tensor
+    y: Tensor
+    ids: Tensor
+
+
+def prove(arm: Arm, step: Step) -> Proof:
+    """Run `step` once and judge up to 16 rows of every adapted layer against the definition.
+
+    Raises `Wrong` at the first layer outside its bound, or where a dropped adapter would stay inside it.
+    """
+    captures: dict[str, Capture] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            captures[name] = sample_rows(inputs[0].detach(), output.detach(), arm.ids)
+
+        return hook
+
+    handles = [layer.register_forward_hook(watch(name)) for name, layer in arm.layers.items()]
+    try:
+        step.prepare()
+        step.run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if missed := arm.layers.keys() - captures.keys():
+        raise Wrong(f"{min(missed)} was adapted but never ran")
+    return summary([judge_layer(arm, name, capture) for name, capture in captures.items()])
+
+
+def sample_rows(x: Tensor, y: Tensor, ids: Tensor | None) -> Capture:
+    """Up to 16 rows spread evenly over the batch, with the adapter of each."""
+    x, rows = x.reshape(len(x), -1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    owners = torch.zeros(len(x), dtype=torch.int64) if ids is None else ids
+    owners = owners.repeat_interleave(x.shape[1])
+    chosen = torch.linspace(0, len(rows) - 1, min(ROWS, len(rows))).long()
+    here = chosen.to(y.device)
+    return Capture(x.flatten(0, 1)[here].clone(), rows[here].clone(), owners[chosen])
+
+
+def judge_layer(arm: Arm, name: str, capture: Capture) -> Proof:
+    """One layer's rows against the definition, adapter by adapter."""
+    control, adapters = arm.controls[name], arm.adapters[name]
+    weight = dequantised(control)
+    bias: Tensor | None = control.bias  # type: ignore[assignment]  # nn.Module types any attribute as a module
+    # Of the model's dtype: an output in a narrower one is no excuse.
+    arithmetic = Arithmetic.of(weight.dtype, weight.device.type, probabilistic=True)
+    bound = bounds.merged if arm.setup == "merged" else bounds.separate
+    proofs = []
+    for index in capture.ids.unique().tolist():
+        rows = (capture.ids == index).to(capture.x.device)
+        x, (spec, factors) = capture.x[rows], adapters[index]
+        allowed = bound(x, weight, bias, factors, spec.scaling, arithmetic)
+        wanted = definition.forward(x, weight, bias, factors, spec.scaling)
+        deviation = bounds.worst(capture.y[rows], wanted, allowed)
+        visible = bounds.visibility(definition.delta(x, factors, spec.scaling), allowed)
+        where = name if len(adapters) == 1 else f"{name}, adapter {index}"
+        proofs.append(_proof(where, deviation, visible))
+    return summary(proofs)
+
+
+def prove_training(arm: Arm, subject: Subject) -> Proof:
+    """Judge outputs and the gradients of A, B and x of every layer in one backward pass over 1 x 16 tokens.
+
+    Raises `Wrong` at the first that is outside its bound, and when anything but A and B would train.
+    """
+    judge_trainable(arm)
+    seen: dict[str, dict[str, Any]] = {name: {} for name in arm.layers}
+
+    def watch(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+        def forward(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            seen[name].update(x=inputs[0].detach().clone(), y=output.detach().clone())
+
+        def backward(_module: nn.Module, grad_x: tuple[Tensor | None, ...], grad_y: tuple[Tensor, ...]) -> None:
+            seen[name].update(grad_x=grad_x[0], grad=grad_y[0].detach().clone())
+
+        return forward, backward
+
+    handles = []
+    for name, layer in arm.layers.items():
+        forward, backward = watch(name)
+        handles += [layer.register_forward_hook(forward), layer.register_full_backward_hook(backward)]
+    tokens = draw_tokens(arm, 1, TRAIN_TOKENS)
+    # As a leaf of the graph, so that the first layers have a dL/dx to judge as well.
+    embedded = arm.model.get_input_embeddings()(tokens).detach().requires_grad_()
+    try:
+        arm.model.train()
+        arm.model(inputs_embeds=embedded, labels=tokens, use_cache=False).loss.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    proofs = []
+    for name, values in seen.items():
+        if "grad" not in values:
+            raise Wrong(f"{name} was adapted but no gradient came through it")
+        live = subject.factors(arm.layers[name])  # type: ignore[misc]  # only who offers factors is trained
+        proofs.append(judge_layer(arm, name, sample_rows(values["x"], values["y"], None)))
+        proofs += judge_gradients(arm, name, values, {"A": live.a.grad, "B": live.b.grad, "x": values["grad_x"]})
+    arm.model.zero_grad()
+    return summary(proofs)
+
+
+def judge_trainable(arm: Arm) -> None:
+    """Raise `Wrong` unless r (d_in + d_out) parameters of every adapted layer train, and none elsewhere."""
+    elsewhere = {parameter for parameter in arm.model.parameters() if parameter.requires_grad}
+    for name, layer in arm.layers.items():
+        ((spec, factors),) = arm.adapters[name]
+        training = {parameter for parameter in layer.parameters() if parameter.requires_grad}
+        found, wanted = sum(parameter.numel() for parameter in training), spec.parameters(factors.d_in, factors.d_out)
+        if found != wanted:
+            raise Wrong(f"{name}: {found:,} parameters train, wanted A and B alone, r (d_in + d_out) = {wanted:,}")
+        elsewhere -= training
+    if elsewhere:
+        name = next(name for name, parameter in arm.model.named_parameters() if parameter in elsewhere)
+        raise Wrong(f"{name} trains, wanted A and B of the adapted layers alone")
+
+
+def judge_gradients(arm: Arm, name: str, values: dict[str, Tensor], found: dict[str, Tensor | None]) -> Iterator[Proof]:
+    """The gradients of one layer against the formulas."""
+    ((spec, factors),) = arm.adapters[name]
+    x, grad = (values[key].flatten(0, -2) for key in ("x", "grad"))
+    weight = dequantised(arm.controls[name])
+    arguments = (x, grad, weight, factors, spec.scaling)
+    wanted = definition.gradients(*arguments)
+    allowed = bounds.gradients(*arguments, Arithmetic.of(weight.dtype, weight.device.type, probabilistic=True))
+    for which, gradient, right, limit in zip(found, found.values(), wanted, allowed, strict=True):
+        if gradient is None:
+            raise Wrong(f"{name}: {which} got no gradient")
+        deviation = bounds.worst(gradient.reshape(right.shape), right, limit)
+        yield _proof(f"dL/d{which} of {name}", deviation, bounds.visibility(right, limit))
+
+
+def _proof(where: str, deviation: Deviation, visibility: float) -> Proof:
+    if deviation.ratio > 1:
+        index = ",".join(map(str, deviation.at))
+        raise Wrong(
+            f"{where}: found {deviation.found:g} at [{index}], wanted {deviation.wanted:g}; "
+            f"error {deviation.error:.2e}, allowed {deviation.allowed:.2e} (x{deviation.ratio:.3g})"
+        )
+    if visibility <= 1:
+        raise Wrong(f"{where}: inconclusive, the adapter's effect is below the rounding (visibility {visibility:.2g})")
+    return Proof(1, deviation.ratio, visibility)
+
+
+def summary(proofs: Sequence[Proof]) -> Proof:
+    """Many proofs as one: all checks, the worst error, the least visible adapter."""
+    return Proof(
+        sum(proof.checks for proof in proofs),
+        max(proof.error_ratio for proof in proofs),
+        min(proof.visibility for proof in proofs),
+    )
