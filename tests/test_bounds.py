@@ -148,18 +148,26 @@ def test_no_honest_computation_exceeds_the_bounds(dtype: str, data: st.DataObjec
     check(problem, problem.adapters[0][1], case.spec.scaling)
 
 
+SHARES = [(0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0.5, 0.5), (0.5, 0, 0.5), (0.5, 0.5, 0)]
+
+
 # Without weight and bias a layer shows nothing but the adapter. Some processors take subnormal numbers for zeros.
 @pytest.mark.parametrize(
     ("dtype", "tiny", "flush"),
     [("fp64", 1e-308, False), ("fp16", 1e-6, False)]
     + [(dtype, 1e-38, flush) for dtype in ("fp32", "bf16") for flush in (False, True)],
 )
-@given(st.data())
-def test_what_underflows_is_allowed_for(dtype: str, tiny: float, flush: bool, data: st.DataObject) -> None:
-    case = data.draw(cases(dtype=st.just(dtype), gain=st.sampled_from([10 * tiny, tiny, tiny / 10])))
+@given(data=st.data(), tenfold=st.integers(-1, 2), shares=st.sampled_from(SHARES))
+def test_what_underflows_is_allowed_for(
+    dtype: str, tiny: float, flush: bool, data: st.DataObject, tenfold: int, shares: tuple[float, ...]
+) -> None:
+    case = data.draw(cases(dtype=st.just(dtype)))
     problem = case.draw()
-    bare = problem._replace(weight=torch.zeros_like(problem.weight), bias=None)
-    check(bare, problem.adapters[0][1], case.spec.scaling, flush=flush)
+    factors, to = problem.adapters[0][1], problem.x.dtype
+    small = [(tiny * 10.0**tenfold) ** share for share in shares]
+    x, a, b = ((part.double() * by).to(to) for part, by in zip((problem.x, factors.a, factors.b), small, strict=True))
+    bare = problem._replace(x=x, weight=torch.zeros_like(problem.weight), bias=None)
+    check(bare, Factors(a, b), case.spec.scaling, flush=flush)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -173,38 +181,60 @@ def test_a_sum_may_lose_each_of_many_small_terms(dtype: torch.dtype, rank: int, 
 
 
 def worst_rounded(problem: Problem, factors: Factors, s: float, arithmetic: Arithmetic) -> dict[str, list[Tensor]]:
-    """What comes of positive numbers where every rounding errs upward by the most that it may."""
-    (x, w, bias, grad, *_), a, b, up = problem, factors.a, factors.b, 1 + arithmetic.unit
-    product = (1 + arithmetic.operand) ** 2 * up**arithmetic.partials
+    """What comes of positive numbers where everything read and every rounding errs upward by the most that it may."""
+    more, lost = 1 + arithmetic.unit, arithmetic.underflow
+    (x, w, bias, grad, *_), a, b, exact = problem, factors.a, factors.b, s * factors.b @ factors.a
+    x, w, a, b, grad = (tensor + lost for tensor in (x, w, a, b, grad))
+
+    def keep(values: Tensor) -> Tensor:
+        return more * values + lost
 
     def dot(left: Tensor, right: Tensor, start: Tensor | float = 0.0) -> Tensor:
         """left @ right stored, each term added to the last and the first to `start`."""
-        return up * (1 + arithmetic.accumulator) ** left.shape[1] * (start + product * left @ right)
+        terms = (1 + arithmetic.operand) ** 2 * more**arithmetic.partials * left @ right + left.shape[1] * lost
+        return keep((1 + arithmetic.accumulator) ** left.shape[1] * (start + terms))
 
-    def plus_bias(y: Tensor) -> Tensor:
-        return y if bias is None else up * (y + bias)
+    def times(values: Tensor) -> Tensor:
+        return keep(more * s * values)
 
-    scaled, start, exact = up**2 * s, 0.0 if bias is None else bias, s * b @ a
-    base, hidden, through_b, back = dot(x, w.T), scaled * dot(x, a.T), scaled * dot(grad, b), dot(grad, w)
-    apart, summed = scaled * dot(b, a), dot(b, scaled * a)
-    weights = [up * (w + apart), dot(b, scaled * a, w)]
+    def product(*factors: Tensor) -> list[Tensor]:
+        """s times a product from left to right, s at each of its places."""
+        results = [factors[0], times(factors[0])]  # the last has its s
+        for factor in factors[1:]:
+            plain, scaled = results[0], results[1:]
+            results = [dot(plain, factor), *(dot(one, factor) for one in scaled), dot(plain, times(factor))]
+            results.append(times(results[0]))
+        return results[1:]
+
+    def with_bias(y: Tensor) -> Tensor:
+        return y if bias is None else keep(y + bias)
+
+    start = 0.0 if bias is None else bias
+    base, hidden, through_b, back = dot(x, w.T), times(dot(x, a.T)), times(dot(grad, b)), dot(grad, w)
+    deltas, products = product(x, a.T, b.T), product(b, a)
+    unstored = dot(times(b), a) / more
+    weights = [*(keep(w + one) for one in products), dot(times(b), a, w), dot(b, times(a), w)]
     return {
         "y": [
-            up * (plus_bias(base) + dot(hidden, b.T)),
-            plus_bias(up * (base + dot(hidden, b.T))),
+            *(keep(with_bias(base) + delta) for delta in deltas),
+            *(with_bias(keep(base + delta)) for delta in deltas),
             dot(hidden, b.T, dot(x, w.T, start)),
             dot(torch.cat([x, hidden], 1), torch.cat([w, b], 1).T, start),
         ],
         "W merged": weights,
-        "y merged": [plus_bias(dot(x, w.T)) for w in weights] + [dot(x, w.T, start) for w in weights],
+        "y merged": [result for w in weights for result in (with_bias(dot(x, w.T)), dot(x, w.T, start))],
         # What is taken away errs the other way.
         "W restored": [
-            up * (weights[0] - exact + (apart - exact)),
-            dot(b, 0 * a, weights[1]) - exact + (summed - exact),
+            *(keep(w - exact + (one - exact)) for w in weights for one in products),
+            *(keep((1 + arithmetic.accumulator) ** b.shape[1] * w - exact + (unstored - exact)) for w in weights),
         ],
-        "dA": [dot(through_b.T, x)],
-        "dB": [dot(grad.T, scaled * dot(x, a.T))],
-        "dx": [up * (back + dot(through_b, a)), dot(torch.cat([grad, through_b], 1), torch.cat([w, a]))],
+        "dA": [*product(b.T, grad.T, x), *(one.T for one in product(x.T, grad, b))],
+        "dB": [*product(grad.T, x, a.T), *(one.T for one in product(a, x.T, grad))],
+        "dx": [
+            *(keep(back + one) for one in product(grad, b, a)),
+            *(dot(grad, w) for w in weights),
+            dot(torch.cat([grad, through_b], 1), torch.cat([w, a])),
+        ],
     }
 
 
@@ -216,16 +246,21 @@ def worst_rounded(problem: Problem, factors: Factors, s: float, arithmetic: Arit
         (1, Arithmetic(2.0**-9, 2.0**-24, 0.0), 0.99),  # few roundings, and the bounds count each one
         (1, Arithmetic(2.0**-9, 2.0**-24, 0.0, operand=2.0**-10, partials=2), 0.99),
         (64, Arithmetic(2.0**-24, 2.0**-24, 0.0), 0.95),  # long sums, and the bounds count each term
+        (1, Arithmetic(0.0, 0.0, 2.0**-30), 0.0),
+        (8, Arithmetic(0.0, 0.0, 2.0**-30), 0.0),
     ],
 )
+@pytest.mark.parametrize("seed", range(8))
 def test_bounds_are_reached_by_the_worst_rounding(
-    size: int, arithmetic: Arithmetic, reached: float, biased: bool, zero: str
+    size: int, arithmetic: Arithmetic, reached: float, biased: bool, zero: str, seed: int
 ) -> None:
-    x, w, a, b, grad, bias = torch.rand(6, size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    w, bias, b = (
-        part * (zero in ("nothing", f"all but {name}")) for part, name in ((w, "W"), (bias[0], "the bias"), (b, "B"))
-    )
-    given_ = Problem(x, w, bias if biased else None, grad, [], torch.empty(0)), Factors(a, b), 1.5, arithmetic
+    generator = torch.Generator().manual_seed(seed)
+    sizes = 2.0 ** torch.randint(-6, 7, (6, 1, 1), generator=generator)
+    x, w, a, b, grad, bias = sizes * torch.rand(6, size, size, generator=generator, dtype=torch.float64)
+    s = 2.0 ** float(torch.randint(-3, 6, (), generator=generator))
+    w, b, bias = w * (zero in ("nothing", "all but W")), b * (zero in ("nothing", "all but B")), bias[0]
+    bias = bias * (zero in ("nothing", "all but the bias"))
+    given_ = Problem(x, w, bias if biased else None, grad, [], torch.empty(0)), Factors(a, b), s, arithmetic
     results = worst_rounded(*given_)
     for of, (wanted, allowed) in judged(*given_).items():
         ratios = torch.stack([(found - wanted).abs() / allowed for found in results[of]]).amax(0)

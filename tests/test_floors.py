@@ -22,7 +22,7 @@ FLOORS = (
     {"models"},
     {"adapter", "bench", "claims", "conformance"},
     {"gate"},
-    {"report"},
+    {"options", "report"},
     {"plugin", "__main__"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

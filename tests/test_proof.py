@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lora_bench import bounds
 from lora_bench.bench import arm as arms
 from lora_bench.bench import measure, proof
 from lora_bench.bench.arm import TARGETS, Arm, build_arm
@@ -379,16 +380,34 @@ def test_what_trains_elsewhere_in_the_model_is_named() -> None:
         measure.ready_row(row, REFERENCE, arm)
 
 
-def test_a_proof_leaves_no_gradient_and_no_hook_behind() -> None:
-    arm = arm_of(REFERENCE, row_of("separate", "train"))
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_proof_leaves_the_model_as_it_was(phase: str) -> None:
+    row = row_of("separate", phase)
+    arm = arm_of(REFERENCE, row)
     before = {name: tensor.clone() for name, tensor in arm.model.state_dict().items()}
-    proof.prove_training(arm, REFERENCE)
+    if phase == "train":
+        proof.prove_training(arm, REFERENCE)
+    else:
+        proof.prove(arm, arms.make_step(arm, row.workload))
 
     assert all(parameter.grad is None for parameter in arm.model.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in arm.model.state_dict().items())
     for layer in arm.layers.values():
         assert not layer._forward_hooks
         assert not layer._backward_hooks
+
+
+@pytest.mark.parametrize(
+    ("bound", "setup", "other"), [("merged", "merged", "separate"), ("separate", "separate", "merged")]
+)
+def test_a_set_up_is_judged_by_its_own_bound(
+    monkeypatch: pytest.MonkeyPatch, bound: str, setup: str, other: str
+) -> None:
+    monkeypatch.setattr(bounds, bound, lambda x, *_: torch.zeros(()))
+
+    with pytest.raises(Wrong, match=r"allowed 0\.00e\+00 \(xinf\)"):
+        proven(REFERENCE, setup, "prefill")
+    assert proven(REFERENCE, other, "prefill").checks == LAYERS
 
 
 def test_many_proofs_are_told_by_the_worst() -> None:

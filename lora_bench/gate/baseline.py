@@ -21,7 +21,7 @@ MEMORY = ("allocated_peak_bytes", "saved_tensor_bytes", "parameter_bytes")
 COMPARED = ("fingerprint", "memory", "ratio_to_base")
 
 PASS, REGRESSION, NOT_COMPARABLE = "pass", "REGRESSION", "NOT COMPARABLE"
-EXIT_REGRESSION, EXIT_NOT_COMPARABLE = 1, 6
+EXIT_REGRESSION, EXIT_INCONCLUSIVE = 1, 6
 
 
 class Line(NamedTuple):
@@ -101,4 +101,4 @@ def exit_code(lines: list[Line]) -> int:
     verdicts = {line.verdict for line in lines}
     if REGRESSION in verdicts:
         return EXIT_REGRESSION
-    return 0 if verdicts == {PASS} else EXIT_NOT_COMPARABLE
+    return 0 if verdicts == {PASS} else EXIT_INCONCLUSIVE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -11,6 +12,12 @@ from lora_bench.subjects import quiet_import
 
 with quiet_import():
     import bitsandbytes
+
+# Its dequantising is compiled by torch, which says at length when many shapes have made it give up; the result is the
+# same, and a run over many small shapes always gets there.
+logging.getLogger("torch._dynamo.convert_frame").addFilter(
+    lambda record: not all(part in record.getMessage() for part in ("recompile_limit", "_dequantize_4bit"))
+)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
