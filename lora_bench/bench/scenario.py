@@ -26,6 +26,7 @@ class Workshop:
     """Builds arms in this process for the unmeasured run, keeping the last base model and the last arm."""
 
     def __init__(self, device: str) -> None:
+        measure.settle_threads(device)
         self.device = device
         self._base: tuple[object, nn.Module] | None = None
         self._arm: tuple[object, tuple[Subject | None, Arm]] | None = None
