@@ -58,8 +58,10 @@ def routed(
 ) -> Tensor:
     """A batch whose row i goes through adapter ids[i] of `adapters` (factors, scaling), or the base where it is -1.
 
-    ids is (n,) int64. Returns (n, d_out) in float64.
+    ids is (n,) int64. Returns (n, d_out) in float64. Raises IndexError for an id that names no adapter.
     """
+    if unknown := set(ids.tolist()) - set(range(-1, len(adapters))):
+        raise IndexError(f"adapter ids must be in -1 .. {len(adapters) - 1}, got {min(unknown)}")
     y = base(x, weight, bias)
     for index, (factors, scaling) in enumerate(adapters):
         rows = ids == index

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -80,6 +81,15 @@ class Factors:
     @property
     def d_out(self) -> int:
         return self.b.shape[0]
+
+    def to(self, dtype: torch.dtype) -> Factors:
+        """These factors in another dtype; ValueError for one that cannot hold their values."""
+        converted = Factors(self.a.to(dtype), self.b.to(dtype))
+        for name, before, after in (("a", self.a, converted.a), ("b", self.b, converted.b)):
+            lost = before[before.isfinite() & ~after.isfinite()]
+            if len(lost):
+                raise ValueError(f"{dtype} cannot hold factor {name}: it has the value {float(lost[0]):g}")
+        return converted
 
     def fit(self, rank: int, d_in: int, d_out: int) -> None:
         """Raise ValueError unless these are the factors of a rank-`rank` adapter of a d_in -> d_out layer."""

@@ -231,3 +231,21 @@ def test_what_cannot_be_routed_is_refused() -> None:
         run(layer, ready, x, torch.tensor([0, 1, -1]))
     layer.unmerge()
     assert run(layer, ready, x, torch.tensor([0, 1, -1])).isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 2, 3, 5)])
+def test_rows_of_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
+    layer, _, ready = made(Case())
+
+    with pytest.raises(
+        ValueError, match=r"x must be \(n, d_in\) or \(n, tokens, d_in\), got shape " + re.escape(str(shape))
+    ):
+        run(layer, ready, torch.zeros(shape, dtype=torch.float64), torch.zeros(1, dtype=torch.int64))
+
+
+def test_a_pool_holds_only_what_its_dtype_can() -> None:
+    layer, problem, _ = made(Case(dtype="fp16"))
+    ((spec, factors),) = problem.adapters
+
+    with pytest.raises(ValueError, match=r"torch\.float16 cannot hold factor b: it has the value 1e\+06"):
+        pool(layer, [(spec, Factors(factors.a.float(), torch.full_like(factors.b, 1, dtype=torch.float32) * 1e6))])

@@ -154,3 +154,11 @@ def test_inputs_are_left_as_they_are() -> None:
     definition.routed(problem.x, problem.weight, problem.bias, pairs, problem.ids)
     definition.gradients(problem.x, problem.grad, problem.weight, *pairs[0])
     assert all(torch.equal(tensor, kept) for tensor, kept in zip(tensors, before, strict=True) if tensor is not None)
+
+
+@pytest.mark.parametrize("unknown", [1, -2])
+def test_an_id_without_an_adapter_is_no_row_of_the_base(unknown: int) -> None:
+    x, weight, bias, _, ((spec, factors),), _ = Case(tokens=2).draw()
+
+    with pytest.raises(IndexError, match=rf"adapter ids must be in -1 \.\. 0, got {unknown}"):
+        definition.routed(x, weight, bias, [(factors, spec.scaling)], torch.tensor([0, unknown]))

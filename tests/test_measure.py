@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from lora_bench.bench import measure
-from lora_bench.bench.arm import Step, build_arm
+from lora_bench.bench.arm import Arm, Step, build_arm
 from lora_bench.bench.measure import Progress, Refusal, Timing, groups_that_fit, time_interleaved
 from lora_bench.bench.proof import Wrong
 from lora_bench.bench.workload import BASE, Row, Workload
-from lora_bench.reference import REFERENCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -312,6 +311,22 @@ def test_rounds_go_on_until_the_time_is_over(turns: Turns, budget: float, rounds
     assert [len(values) for values in turns.take(budget)] == [rounds] * 3
 
 
+@pytest.mark.parametrize(
+    ("device", "omp", "wanted"), [("cpu", None, [1]), ("cpu", "4", []), ("cuda", None, []), ("cuda:1", None, [])]
+)
+def test_a_cpu_measures_with_one_thread_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, device: str, omp: str | None, wanted: list[int]
+) -> None:
+    found: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if omp is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    measure.settle_threads(device)
+
+    assert found == wanted
+
+
 # --- weigh ----------------------------------------------------------------------------------------------------------
 
 ADAPTER_BYTES = (
@@ -348,13 +363,14 @@ def test_an_adapter_weighs_its_factors_and_a_merged_one_nothing() -> None:
     assert four_bit < 0.6 * base
 
 
-def test_what_an_arm_is_judged_by_is_not_weighed_with_it() -> None:
-    for setup in ("separate", "merged", "batched", "four_bit"):
-        of = row("reference", setup, "decode")
-        arm = build_arm(measure.build_base(of, "cpu"), REFERENCE, of.workload)
+@pytest.mark.parametrize("setup", ["separate", "merged", "batched", "four_bit"])
+def test_what_an_arm_is_judged_by_is_not_weighed_with_it(monkeypatch: pytest.MonkeyPatch, setup: str) -> None:
+    def weigh(arm: Arm, *_: object, **__: object) -> dict[str, Any]:
+        return {"adapters": arm.adapters, "controls": arm.controls}
 
-        assert not arm.adapters
-        assert not arm.controls
+    monkeypatch.setattr(measure, "peak_memory", weigh)
+
+    assert weighed(row("reference", setup, "decode")) == [{"adapters": {}, "controls": {}}]
 
 
 def test_training_an_adapter_saves_less_for_backward_than_full_fine_tuning() -> None:

@@ -158,7 +158,7 @@ def test_a_run_of_other_tests_imports_no_torch(tmp_path: Path) -> None:
 
     assert found.returncode == 0, found.stdout
     assert "1 passed" in found.stdout
-    assert "lora-bench" not in found.stdout
+    assert "lora-bench: device" not in found.stdout
 
 
 # --- collected ------------------------------------------------------------------------------------------------------

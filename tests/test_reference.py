@@ -397,3 +397,24 @@ def test_over_a_4_bit_base_it_is_lora_on_what_that_holds(case: Case) -> None:
     allowed = bounds.merged(*given_, Arithmetic.of(w.dtype))
     assert within(deployed(problem.x), definition.forward(*given_), allowed)
     assert all(torch.equal(held[name], buffer) for name, buffer in base.state_dict().items())
+
+
+def test_only_linear_layers_are_wrapped() -> None:
+    with refuses(TypeError, "LoraLinear wraps an nn.Linear or an Nf4Linear, got a Embedding"):
+        LoraLinear(nn.Embedding(3, 4), LoraSpec(2, 1.0))  # type: ignore[arg-type]  # the mistake under test
+
+
+def test_what_is_switched_off_is_not_deployed() -> None:
+    layer, *_ = made(Case())
+    layer.enable(False)
+
+    with refuses(RuntimeError, "enable the adapter before merging it"):
+        layer.merge_and_unload()
+
+
+def test_values_that_the_dtype_cannot_hold_are_not_loaded() -> None:
+    layer, _, factors = made(Case(dtype="fp16"))
+    with refuses(ValueError, "torch.float16 cannot hold factor a: it has the value 1e+06"):
+        layer.load(Factors(torch.full((2, 5), 1e6), torch.zeros(4, 2)))
+
+    assert torch.equal(layer.lora_A, factors.a)

@@ -117,3 +117,12 @@ def test_factors_of_another_layer_do_not_fit(wanted: tuple[int, int, int]) -> No
 
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         Factors(torch.zeros(2, 5), torch.zeros(7, 2)).fit(*wanted)
+
+
+def test_factors_change_to_a_dtype_that_holds_them() -> None:
+    factors = Factors(torch.full((1, 2), 70000.0), torch.tensor([[1.0], [math.inf]]))
+
+    assert factors.to(torch.bfloat16).a.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"torch\.float16 cannot hold factor a: it has the value 70000"):
+        factors.to(torch.float16)
+    assert torch.equal(Factors(factors.b.T, factors.b).to(torch.float16).b, factors.b.half())

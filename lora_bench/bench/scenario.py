@@ -99,4 +99,4 @@ def reason_to_skip(row: Row, device: str) -> str | None:
         if kinds[0] == "linear4bit" and workload.dtype == "fp64":
             return "bitsandbytes quantises 16- and 32-bit weights, not fp64"
         return missing(kinds[0])
-    return None
+    return None if "linear" in subject.layers else f"{subject} takes no dense base"

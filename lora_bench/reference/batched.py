@@ -38,7 +38,10 @@ class Plan(NamedTuple):
 
 
 def pool(layer: LoraLinear, adapters: Sequence[tuple[LoraSpec, Factors]]) -> Pool:
-    """The adapters of one layer made ready; ValueError where there is none, or one that does not fit the layer."""
+    """The adapters of one layer made ready.
+
+    Raises ValueError where there is none, or one that does not fit the layer or its dtype.
+    """
     if not adapters:
         raise ValueError("a pool needs at least one adapter, got none")
     d_in, d_out = layer.base_layer.in_features, layer.base_layer.out_features
@@ -48,8 +51,9 @@ def pool(layer: LoraLinear, adapters: Sequence[tuple[LoraSpec, Factors]]) -> Poo
     )
     for slot, (spec, factors) in enumerate(adapters, start=1):
         factors.fit(spec.rank, d_in, d_out)
-        ready.a[slot, :, : spec.rank] = factors.a.detach().T
-        ready.b[slot, : spec.rank] = spec.scaling * factors.b.detach().T
+        held = factors.to(ready.a.dtype)
+        ready.a[slot, :, : spec.rank] = held.a.detach().T
+        ready.b[slot, : spec.rank] = spec.scaling * held.b.detach().T
     return ready
 
 
@@ -77,6 +81,8 @@ def route(layer: LoraLinear, pool: Pool, x: Tensor, plan: Plan) -> Tensor:
     """
     if plan.highest >= len(pool.a) - 1:
         raise IndexError(f"adapter id {plan.highest} is not in the pool of {len(pool.a) - 1}")
+    if x.ndim not in (2, 3):
+        raise ValueError(f"x must be (n, d_in) or (n, tokens, d_in), got shape {tuple(x.shape)}")
     if len(plan.slots) != len(x):
         raise ValueError(f"every row needs one adapter id: {len(x)} rows, {len(plan.slots)} ids")
     if layer.merged:

@@ -26,6 +26,8 @@ class LoraLinear(nn.Module):
     """
 
     def __init__(self, base_layer: nn.Linear | Nf4Linear, spec: LoraSpec) -> None:
+        if not isinstance(base_layer, nn.Linear | Nf4Linear):
+            raise TypeError(f"LoraLinear wraps an nn.Linear or an Nf4Linear, got a {type(base_layer).__name__}")
         super().__init__()
         weight = dense_weight(base_layer)
         self.base_layer: nn.Linear | Nf4Linear = base_layer.requires_grad_(False)
@@ -51,11 +53,15 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def load(self, factors: Factors) -> None:
-        """Copy `factors` in. Raises ValueError where their shapes do not fit, RuntimeError while merged."""
+        """Copy `factors` in.
+
+        Raises ValueError where their shapes do not fit or their values overflow the dtype, RuntimeError while merged.
+        """
         factors.fit(self.spec.rank, self.base_layer.in_features, self.base_layer.out_features)
         self._refuse_merged("loading other factors: the merged weight holds the old ones")
-        self.lora_A.copy_(factors.a)
-        self.lora_B.copy_(factors.b)
+        held = factors.to(self.lora_A.dtype)
+        self.lora_A.copy_(held.a)
+        self.lora_B.copy_(held.b)
 
     def adapter_state(self) -> dict[str, Tensor]:
         """What training has made and an adapter file holds: lora_A and lora_B alone."""
@@ -87,8 +93,7 @@ class LoraLinear(nn.Module):
         """
         if isinstance(self.base_layer, Nf4Linear):
             raise TypeError("a 4-bit base cannot hold W + s B A; merge_and_unload gives a dense layer")
-        if not self.enabled:
-            raise RuntimeError("enable the adapter before merging it")
+        self._refuse_disabled()
         if not self.merged:
             merged = self.merged_weight()
             self._unmerged_weight = self.base_layer.weight.detach().clone()
@@ -102,7 +107,11 @@ class LoraLinear(nn.Module):
             self._unmerged_weight = None
 
     def merge_and_unload(self) -> nn.Linear:
-        """A plain layer with the merged weight and no adapter, for deployment; shares no storage with this one."""
+        """A plain layer with the merged weight and no adapter, for deployment; shares no storage with this one.
+
+        Raises RuntimeError while the adapter is off.
+        """
+        self._refuse_disabled()
         layer = nn.Linear(self.base_layer.in_features, self.base_layer.out_features, bias=False, device="meta")
         layer.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
         layer.register_parameter("bias", copy.deepcopy(self.base_layer.bias))
@@ -122,6 +131,10 @@ class LoraLinear(nn.Module):
     def _load_from_state_dict(self, *arguments: Any) -> None:
         self._refuse_merged("loading a whole layer: the merged weight would be taken for its base")
         super()._load_from_state_dict(*arguments)
+
+    def _refuse_disabled(self) -> None:
+        if not self.enabled:
+            raise RuntimeError("enable the adapter before merging it")
 
     def _refuse_merged(self, what: str) -> None:
         if self.merged:
