@@ -6,6 +6,7 @@ nothing here imports torch before a suite of ours is collected.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +38,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "lora_setup(setup, *phases): a set-up of the GPU suites and its phases")
     options.check(config)
     if config.option.benchmark:
-        # Our table says more, and saved runs without their samples cannot be compared honestly.
-        config.option.benchmark_quiet = not config.get_verbosity() > 0
+        # Our table says more, unless runs are compared; and saved ones without their samples cannot be, honestly.
+        config.option.benchmark_quiet |= config.get_verbosity() <= 0 and not config.option.benchmark_compare
         config.option.benchmark_save_data = True
     if config.option.lora_baseline is not None:
         config.stash[BASELINE] = options.or_usage_error(baseline.load, Path(config.option.lora_baseline))
@@ -126,7 +127,7 @@ def _teller(config: pytest.Config) -> Any:
     capture = config.pluginmanager.getplugin("capturemanager")
 
     def tell(text: str) -> None:
-        with capture.global_and_fixture_disabled():
+        with nullcontext() if capture is None else capture.global_and_fixture_disabled():
             terminal.ensure_newline()
             terminal.write_line(f"  {text}")
 
@@ -189,9 +190,3 @@ def _conclude(session: pytest.Session) -> int:
     reached = session.config.stash[JUDGED] = [verdict for verdict in verdicts if verdict is not None]
     nothing = reached and not any(verdict.status == "conforms" for verdict in reached)
     return baseline.EXIT_INCONCLUSIVE if nothing else 0
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    if SESSION in config.stash:
-        machine_info["lora_bench"] = config.stash[SESSION].fingerprint

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_bench.bench.arm import TARGETS, Arm, build_arm, draw_adapters, draw_tokens, make_step
+from lora_bench.bench.arm import TARGETS, Arm, build_arm, draw_adapters, draw_tokens, make_step, relocate
 from lora_bench.bench.workload import BASE, Workload
 from lora_bench.definition import delta
 from lora_bench.models.build import build
@@ -151,3 +151,28 @@ def test_what_is_merged_or_quantised_has_nothing_of_the_dense_pair_left() -> Non
         assert {type(layer).__name__ for layer in arm.layers.values()} == left
         assert len(arm.layers) == 2 * len(TARGETS)
         assert not arm.model.training
+
+
+def test_a_step_s_weights_go_to_other_places_with_their_values() -> None:
+    arm = arm_of(workload_of("separate", "decode"))
+    parameters = dict(arm.model.named_parameters())
+    places = {name: parameter.data_ptr() for name, parameter in parameters.items()}
+    values = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    make_step(arm, workload_of("separate", "decode")).relocate()
+
+    assert dict(arm.model.named_parameters()) == parameters
+    assert all(parameter.data_ptr() != places[name] for name, parameter in parameters.items())
+    assert all(torch.equal(parameter, values[name]) for name, parameter in parameters.items())
+
+
+def test_parameters_that_share_their_storage_stay_where_they_are() -> None:
+    whole = torch.arange(8.0)
+    model = nn.Module()
+    model.first, model.second = nn.Parameter(whole[:4]), nn.Parameter(whole[4:])
+    model.slice = nn.Parameter(torch.arange(9.0)[1:])
+    relocate(model)
+    whole.zero_()
+
+    assert not model.first.any()
+    assert not model.second.any()
+    assert model.slice.storage_offset() == 1

@@ -311,6 +311,28 @@ def test_rounds_go_on_until_the_time_is_over(turns: Turns, budget: float, rounds
     assert [len(values) for values in turns.take(budget)] == [rounds] * 3
 
 
+@pytest.mark.parametrize(("device", "moved"), [("cpu", 6), ("cuda", 0)])
+def test_on_a_cpu_every_row_changes_its_place_every_other_round(
+    monkeypatch: pytest.MonkeyPatch, device: str, moved: int
+) -> None:
+    journal: list[str] = []
+    monkeypatch.setattr(measure, "clock_of", lambda _device: lambda run: run() or 1.0)
+    steps = {
+        row(name, "separate", "decode"): Step(
+            lambda name=name: journal.append(f"run {name}"),  # type: ignore[misc]  # each its own name
+            relocate=lambda name=name: journal.append(f"move {name}"),  # type: ignore[misc]
+        )
+        for name in SUBJECTS
+    }
+    time_interleaved(steps, device, 0.0)
+
+    assert [journal.count(f"move {name}") for name in SUBJECTS] == [moved] * len(SUBJECTS)
+    if moved:
+        every = 3 * len(SUBJECTS)
+        assert {word.split()[0] for word in journal[::every]} == {"move"}
+        assert {word.split()[0] for word in journal[len(SUBJECTS) :: every]} == {"run"}
+
+
 @pytest.mark.parametrize(
     ("device", "omp", "wanted"), [("cpu", None, [1]), ("cpu", "4", []), ("cuda", None, []), ("cuda:1", None, [])]
 )

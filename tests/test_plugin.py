@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from lora_bench import subjects
 from lora_bench.bench.workload import Row, Workload
 
 ROOT = Path(__file__).parents[1]
@@ -258,15 +259,15 @@ class Measured:
 
 def measure(folder: Path, *arguments: str) -> Measured:
     path, output = folder / "out.json", folder / "records"
-    options = ("--benchmark", "--lora-seconds=0.1", f"--benchmark-json={path}", f"--lora-output={output}")
-    found = run(*SMALL, *options, *arguments)
+    options = (f"--benchmark-json={path}", f"--benchmark-storage={folder / 'store'}", f"--lora-output={output}")
+    found = run(*SMALL, "--benchmark", "--lora-seconds=0.1", *options, *arguments)
     (records,) = output.iterdir()
     return Measured(found, json.loads(path.read_text()), path, list(map(json.loads, records.read_text().splitlines())))
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
-    return measure(tmp_path_factory.mktemp("measured"), GPU, "--lora-subject=reference")
+    return measure(tmp_path_factory.mktemp("measured"), GPU, "--lora-subject=reference", "--benchmark-save=kept")
 
 
 def place(of: dict[str, Any]) -> Row:
@@ -309,7 +310,13 @@ def test_raw_samples_reach_the_json_bit_for_bit(measured: Measured) -> None:
         assert info["fingerprint"]["hard"]["torch"] == torch.__version__
         assert (info["ratio_to_base"]["median"] == 1) == (row.subject == "base")
         assert info["proof"] is None or info["proof"]["error_ratio"] <= 1
-    assert measured.document["machine_info"]["lora_bench"]["hard"]["device"] == "cpu"
+
+
+def test_a_saved_run_keeps_its_raw_samples(measured: Measured) -> None:
+    (saved,) = (measured.path.parent / "store").rglob("0001_kept.json")
+    kept = {benchmark["name"]: benchmark["stats"]["data"] for benchmark in json.loads(saved.read_text())["benchmarks"]}
+
+    assert kept == {benchmark["name"]: benchmark["stats"]["data"] for benchmark in measured.document["benchmarks"]}
 
 
 def test_every_row_has_one_record_of_latency_and_one_of_memory(measured: Measured) -> None:
@@ -332,17 +339,41 @@ def baseline(measured: Measured, tmp_path: Path) -> Path:
     return tmp_path / "baseline.json"
 
 
-def test_a_run_beside_itself_is_a_pass_or_a_named_regression(baseline: Path, tmp_path: Path) -> None:
-    options = ("-k", "reference-decode", "--lora-subject=reference", f"--lora-baseline={baseline}")
-    found = measure(tmp_path, "suites/gpu/test_separate.py", *options).run
+def test_a_run_beside_itself_is_a_pass_or_a_named_regression(
+    baseline: Path, measured: Measured, tmp_path: Path
+) -> None:
+    store = measured.path.parent / "store"
+    options = ("-k", "reference-decode", "--lora-subject=reference", f"--lora-baseline={baseline}", "-p", "no:capture")
+    compare = ("--benchmark-compare=0001", f"--benchmark-storage={store}")
+    found = measure(tmp_path, "suites/gpu/test_separate.py", *options, *compare).run
     lines = found.text.partition(f"against {baseline}")[2].splitlines()
     verdicts = [line for line in lines if " separate[reference-decode-micro-fp32-r4-b2-s8]: " in line]
 
     assert [line.partition("]: ")[2].split()[0] for line in verdicts] == ["parameter_bytes", "x"]
     assert "NOT COMPARABLE" not in found.text
+    assert "test_separate[reference-decode-micro-fp32-r4-b2-s8] (0001_kept)" in found.text
     assert verdicts[0].startswith("pass ")
     # Its ratio of 10 samples of a millisecond may be off on a busy machine: then it is called so.
     assert found.code == int(verdicts[1].startswith("REGRESSION"))
+
+
+def test_collecting_beside_a_baseline_judges_nothing(baseline: Path, tmp_path: Path) -> None:
+    options = ("--benchmark", f"--lora-baseline={baseline}", f"--lora-output={tmp_path / 'out'}")
+    found = run(GPU, *SMALL, "--collect-only", *options)
+
+    assert found.code == 0
+    assert "NOT COMPARABLE" not in found.text
+
+
+def test_a_shipped_subject_that_is_not_installed_is_a_skip_that_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(subjects, "find_spec", lambda _: None)
+    found = run("suites/gpu/test_separate.py", *SMALL, "-k", "decode", "--lora-subject=loralib")
+    (skipped,) = found.reports.values()
+
+    assert found.code == 0
+    assert "Skipped: loralib is not installed: pip install lora-bench[loralib]" in str(skipped.longrepr)
 
 
 def test_a_baseline_that_nothing_was_compared_with_is_no_pass(baseline: Path, tmp_path: Path) -> None:
@@ -355,8 +386,8 @@ def test_a_baseline_that_nothing_was_compared_with_is_no_pass(baseline: Path, tm
 
 
 def test_a_wrong_subject_fails_its_row_shortly_and_costs_no_other(planted: Path, tmp_path: Path) -> None:
-    subjects = (f"--lora-subject={planted}:DROPPED", "--lora-subject=reference", "--lora-subject=loralib")
-    found = measure(tmp_path, "suites/gpu/test_separate.py", "suites/gpu/test_batched.py", "-k", "decode", *subjects)
+    chosen = (f"--lora-subject={planted}:DROPPED", "--lora-subject=reference", "--lora-subject=loralib")
+    found = measure(tmp_path, "suites/gpu/test_separate.py", "suites/gpu/test_batched.py", "-k", "decode", *chosen)
     (wrong,) = (report for report in found.run.reports.values() if report.outcome == "failed")
     (skipped,) = (report for report in found.run.reports.values() if report.outcome == "skipped")
 

@@ -18,6 +18,9 @@ def row(setup: str, phase: str = "decode", dtype: str = "fp32", subject: str = "
     return Row(subject, Workload(setup, phase, "micro", dtype, rank=4, batch=2, sequence=6))
 
 
+UNPROVEN = "does not offer factors, without which its gradients cannot be proven"
+
+
 @pytest.fixture
 def skipped(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The reason to skip a row of the reference with some fields of its record changed."""
@@ -52,10 +55,11 @@ def test_what_offers_everything_is_not_skipped(skipped: Any, setup: str, phase: 
             row("separate", "train"),
             "cpu",
             {"factors": None},
-            "does not offer factors, without which its gradients cannot be proven",
+            UNPROVEN,
         ),
         (row("separate", dtype="bf16"), "cpu", {"dtypes": ("fp32", "fp16")}, "does not claim bf16"),
         (row("separate", dtype="fp16"), "cpu", {"dtypes": ("fp32", "fp16")}, None),
+        (row("separate"), "cpu", {"supports": lambda spec: f"not {spec.scaling:g}"}, "does not offer rank 4: not 2"),
         (row("separate"), "cuda:1", {"devices": ("cpu",)}, "does not claim cuda:1"),
         (row("separate"), "cuda:1", {"devices": ("cuda",)}, None),
         (row("four_bit"), "cpu", {"layers": ("linear",)}, "takes no 4-bit base"),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from dataclasses import replace as replace_fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -105,15 +107,30 @@ def draw_adapters(name: str, linear: Any, workload: Workload) -> list[tuple[Lora
 
 @dataclass(frozen=True)
 class Step:
-    """One timed call: `prepare` is not timed."""
+    """One timed call, and what is not timed: `prepare` before each, and now and then `relocate`."""
 
     run: Callable[[], object]
     prepare: Callable[[], object] = lambda: None
+    relocate: Callable[[], object] = lambda: None
 
 
 def make_step(arm: Arm, workload: Workload) -> Step:
     """The step of the workload's phase: what is timed is what was judged, on the same modules."""
-    return {"prefill": _prefill, "decode": _decode, "train": _train}[workload.phase](arm, workload)
+    step = {"prefill": _prefill, "decode": _decode, "train": _train}[workload.phase](arm, workload)
+    return replace_fields(step, relocate=lambda: relocate(arm.model))
+
+
+def relocate(model: nn.Module) -> None:
+    """Move the parameters to other memory, each that has its storage to itself; their values stay.
+
+    Where the allocator happened to lay a model's weights changes its time on a CPU by several per cent for as long as
+    they lie there, which no number of samples averages out.
+    """
+    owners = Counter(tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()])
+    for parameter in model.parameters():
+        storage = parameter.untyped_storage()
+        if owners[storage.data_ptr()] == 1 and storage.nbytes() == parameter.nbytes:
+            parameter.data = parameter.data.clone()
 
 
 def draw_tokens(arm: Arm, batch: int, length: int) -> Tensor:

@@ -12,13 +12,14 @@ from lora_bench.bench.carrier import carry
 from lora_bench.bench.proof import Wrong
 from lora_bench.bench.workload import BASE, VERBS
 from lora_bench.models.bases import missing
+from lora_bench.spec import LoraSpec
 
 if TYPE_CHECKING:
     from torch import nn
 
     from lora_bench.bench.arm import Arm
     from lora_bench.bench.session import Session
-    from lora_bench.bench.workload import Row
+    from lora_bench.bench.workload import Row, Workload
     from lora_bench.subject import Subject
 
 
@@ -92,11 +93,17 @@ def reason_to_skip(row: Row, device: str) -> str | None:
         return f"{subject} does not claim {workload.dtype}"
     if device.partition(":")[0] not in subject.devices:
         return f"{subject} does not claim {device}"
-    if workload.setup == "four_bit":
-        kinds = [kind for kind in subject.layers if kind != "linear"]
-        if not kinds:
-            return f"{subject} takes no 4-bit base"
-        if kinds[0] == "linear4bit" and workload.dtype == "fp64":
-            return "bitsandbytes quantises 16- and 32-bit weights, not fp64"
-        return missing(kinds[0])
-    return None if "linear" in subject.layers else f"{subject} takes no dense base"
+    if reason := subject.supports(LoraSpec(workload.rank, alpha=2.0 * workload.rank)):
+        return f"{subject} does not offer rank {workload.rank}: {reason}"
+    return _wrong_base(subject, workload)
+
+
+def _wrong_base(subject: Subject, workload: Workload) -> str | None:
+    if workload.setup != "four_bit":
+        return None if "linear" in subject.layers else f"{subject} takes no dense base"
+    kinds = [kind for kind in subject.layers if kind != "linear"]
+    if not kinds:
+        return f"{subject} takes no 4-bit base"
+    if kinds[0] == "linear4bit" and workload.dtype == "fp64":
+        return "bitsandbytes quantises 16- and 32-bit weights, not fp64"
+    return missing(kinds[0])
