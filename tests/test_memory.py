@@ -16,7 +16,11 @@ from lora_bench.bench import memory, nvml
 from lora_bench.bench.arm import Arm, Step
 from lora_bench.bench.isolate import stream
 from lora_bench.bench.nvml import Unavailable
-from lora_bench.models.bases import base_layer
+from lora_bench.models.bases import base_layer, missing
+from lora_bench.models.routing import Routed, Router
+from lora_bench.reference import REFERENCE, LoraLinear
+from lora_bench.reference.batched import pool
+from lora_bench.spec import Factors, LoraSpec
 from lora_bench.subject import KNOWN
 
 if TYPE_CHECKING:
@@ -48,6 +52,8 @@ def test_buffers_are_counted_and_views_of_one_storage_once() -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in KNOWN["layers"] if kind != "linear"])
 def test_four_bit_layers_are_counted_with_their_statistics(kind: str) -> None:
+    if reason := missing(kind):
+        pytest.skip(reason)
     linear = nn.Linear(256, 128, bias=True)
     total = memory.parameter_bytes(base_layer(kind, linear))
 
@@ -251,3 +257,12 @@ def test_training_tells_what_it_saves_after_the_peaks(cuda: list[str], example: 
 
     assert peaks["saved_tensor_bytes"] == 4 * (5 * 3 + 5 * 4)
     assert cuda[-1] == "max_memory_reserved cuda"
+
+
+def test_pooled_adapters_are_counted() -> None:
+    layer = LoraLinear(nn.Linear(6, 4, bias=False), LoraSpec(2, 1.0))
+    adapters = [(LoraSpec(2, 1.0), Factors(torch.zeros(2, 6), torch.zeros(4, 2))) for _ in range(3)]
+    routed = Routed(layer, pool(layer, adapters), Router(REFERENCE, torch.device("cpu")))
+
+    # The base, the layer's own A and B, and three adapters and an empty slot of the same rank.
+    assert memory.parameter_bytes(routed) == 4 * (6 * 4 + (1 + 3 + 1) * 2 * (6 + 4))

@@ -66,8 +66,8 @@ def wrapping(layer: Callable[[Any, LoraSpec], nn.Module], **verbs: Any) -> Subje
         ("separate", "prefill", LAYERS),
         ("separate", "decode", LAYERS),
         ("separate", "train", 4 * LAYERS),
-        ("merged", "prefill", LAYERS),
-        ("merged", "decode", LAYERS),
+        ("merged", "prefill", 2 * LAYERS),  # the output and the weight
+        ("merged", "decode", 2 * LAYERS),
         ("batched", "prefill", ADAPTERS * LAYERS),
         ("batched", "decode", ADAPTERS * LAYERS),
         ("four_bit", "prefill", LAYERS),
@@ -84,7 +84,14 @@ def test_the_reference_is_right(setup: str, phase: str, checks: int, dtype: str)
 def test_a_subject_that_only_merges_in_place_is_right() -> None:
     subject = replace(REFERENCE, merge_and_unload=None)
 
-    assert proven(subject, "merged", "prefill").checks == LAYERS
+    assert proven(subject, "merged", "prefill").checks == 2 * LAYERS
+
+
+def test_a_merge_that_changes_nothing_is_none() -> None:
+    subject = replace(REFERENCE, merge_and_unload=None, merge=lambda _layer: None)
+
+    with pytest.raises(Wrong, match=r"the merged weight of model\.layers\.0\.self_attn\.q_proj: found"):
+        proven(subject, "merged", "prefill")
 
 
 def test_a_base_has_nothing_to_prove() -> None:
@@ -407,8 +414,16 @@ def test_a_set_up_is_judged_by_its_own_bound(
 
     with pytest.raises(Wrong, match=r"allowed 0\.00e\+00 \(xinf\)"):
         proven(REFERENCE, setup, "prefill")
-    assert proven(REFERENCE, other, "prefill").checks == LAYERS
+    assert proven(REFERENCE, other, "prefill").checks == LAYERS * (1 + (other == "merged"))
 
 
 def test_many_proofs_are_told_by_the_worst() -> None:
     assert proof.summary([Proof(2, 0.25, 9.0), Proof(3, 0.75, 5.0), Proof(1, 0.5, 7.0)]) == Proof(6, 0.75, 5.0)
+
+
+def test_the_layers_of_a_large_batch_see_every_adapter_between_them() -> None:
+    x, y, ids = torch.zeros(40, 2), torch.zeros(40, 3), torch.arange(40)
+    seen = [set(proof.sample_rows(x, y, ids, shift).ids.tolist()) for shift in (0, 1, 2)]
+
+    assert [len(adapters) for adapters in seen] == [16, 16, 16]
+    assert set.union(*seen) == set(range(40))

@@ -11,6 +11,7 @@ from dataclasses import replace as replace_fields
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 
 from lora_bench.case import DTYPES
@@ -22,7 +23,7 @@ from lora_bench.spec import Factors, LoraSpec
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Tensor, nn
+    from torch import nn
     from transformers import PreTrainedModel
 
     from lora_bench.bench.workload import Workload
@@ -37,8 +38,8 @@ class Arm:
     """A model ready to run, and what is needed to judge it.
 
     layers: the replaced modules by name; controls: the same layers without an adapter, whose (dequantised) weight and
-    bias the definition uses; adapters: the spec and factors of each layer's adapters; ids: which adapter each sequence
-    of a batch uses.
+    bias the definition uses; adapters: the spec and factors of each layer's adapters; stored: the weight that a merged
+    layer of that name holds, if it tells; ids: which adapter each sequence of a batch uses.
     """
 
     setup: str
@@ -46,6 +47,7 @@ class Arm:
     layers: dict[str, nn.Module] = field(default_factory=dict)
     controls: dict[str, nn.Module] = field(default_factory=dict)
     adapters: dict[str, list[tuple[LoraSpec, Factors]]] = field(default_factory=dict)
+    stored: Callable[[str], object] = lambda _name: None
     router: Router | None = None
     ids: Tensor | None = None
 
@@ -81,6 +83,10 @@ def build_arm(
         for name, layer in layers.items():
             merged = merge(layer)
             replace(model, name, layer if merged is None else merged)
+        if subject.merge_and_unload is not None:
+            arm.stored = lambda name: getattr(arm.layers[name], "weight", None)
+        elif (weight := subject.weight) is not None:
+            arm.stored = lambda name: weight(layers[name])
     elif workload.setup == "batched":
         arm.router = route_model(model, subject, layers, adapters)
         arm.ids = torch.arange(workload.batch) % workload.adapters
@@ -120,17 +126,25 @@ def make_step(arm: Arm, workload: Workload) -> Step:
     return replace_fields(step, relocate=lambda: relocate(arm.model))
 
 
+def tensors_of(model: nn.Module) -> list[Tensor]:
+    """Every tensor that the model's modules hold, once: parameters, buffers, and those in tuples, as in our `Pool`."""
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    loose = [part for value in attributes if isinstance(value, tuple) for part in value if isinstance(part, Tensor)]
+    return list({id(tensor): tensor for tensor in [*model.parameters(), *model.buffers(), *loose]}.values())
+
+
 def relocate(model: nn.Module) -> None:
-    """Move the parameters to other memory, each that has its storage to itself; their values stay.
+    """Move the model's tensors to other memory, each that has its storage to itself; their values stay.
 
     Where the allocator happened to lay a model's weights changes its time on a CPU by several per cent for as long as
     they lie there, which no number of samples averages out.
     """
-    owners = Counter(tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()])
-    for parameter in model.parameters():
-        storage = parameter.untyped_storage()
-        if owners[storage.data_ptr()] == 1 and storage.nbytes() == parameter.nbytes:
-            parameter.data = parameter.data.clone()
+    tensors = tensors_of(model)
+    owners = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors)
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if owners[storage.data_ptr()] == 1 and storage.nbytes() == tensor.nbytes:
+            tensor.data = tensor.data.clone()
 
 
 def draw_tokens(arm: Arm, batch: int, length: int) -> Tensor:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_bench.bench import nvml
+from lora_bench.bench.arm import tensors_of
 from lora_bench.bench.machine import device_uuid
 from lora_bench.bench.nvml import Unavailable
 
@@ -38,9 +39,9 @@ def peak_memory(arm: Arm, step: Step, device: str, *, train: bool) -> dict[str, 
 
 
 def parameter_bytes(model: nn.Module) -> int:
-    """Bytes of all distinct parameters and buffers, packed 4-bit codes and their statistics included."""
+    """Bytes of all that the model keeps: parameters, buffers, pooled adapters, packed codes and their statistics."""
     storages = {}
-    for tensor in [*model.parameters(), *model.buffers(), *_quantisation_state(model)]:
+    for tensor in [*tensors_of(model), *_quantisation_state(model)]:
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(storages.values())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -52,7 +53,8 @@ def prove(arm: Arm, step: Step) -> Proof:
 
     def watch(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            captures[name] = sample_rows(inputs[0].detach(), output.detach(), arm.ids)
+            shift = zlib.crc32(name.encode())  # other rows in each layer: together they see every adapter
+            captures[name] = sample_rows(inputs[0].detach(), output.detach(), arm.ids, shift)
 
         return hook
 
@@ -68,12 +70,12 @@ def prove(arm: Arm, step: Step) -> Proof:
     return summary([judge_layer(arm, name, capture) for name, capture in captures.items()])
 
 
-def sample_rows(x: Tensor, y: Tensor, ids: Tensor | None) -> Capture:
-    """Up to 16 rows spread evenly over the batch, with the adapter of each."""
+def sample_rows(x: Tensor, y: Tensor, ids: Tensor | None, shift: int = 0) -> Capture:
+    """Up to 16 rows spread evenly over the batch, beginning at row `shift`, with the adapter of each."""
     x, rows = x.reshape(len(x), -1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     owners = torch.zeros(len(x), dtype=torch.int64) if ids is None else ids
     owners = owners.repeat_interleave(x.shape[1])
-    chosen = torch.linspace(0, len(rows) - 1, min(ROWS, len(rows))).long()
+    chosen = (torch.linspace(0, len(rows) - 1, min(ROWS, len(rows))).long() + shift) % max(1, len(rows))
     here = chosen.to(y.device)
     return Capture(x.flatten(0, 1)[here].clone(), rows[here].clone(), owners[chosen])
 
@@ -96,7 +98,20 @@ def judge_layer(arm: Arm, name: str, capture: Capture) -> Proof:
         visible = bounds.visibility(definition.delta(x, factors, spec.scaling), allowed)
         where = name if len(adapters) == 1 else f"{name}, adapter {index}"
         proofs.append(_proof(where, deviation, visible))
+    if arm.setup == "merged":
+        proofs += judge_stored(arm, name, weight, arithmetic)
     return summary(proofs)
+
+
+def judge_stored(arm: Arm, name: str, weight: Tensor, arithmetic: Arithmetic) -> list[Proof]:
+    """The weight that a merged layer tells it holds must be W + s B A: a merge that changes nothing is none."""
+    stored, ((spec, factors),) = arm.stored(name), arm.adapters[name]
+    if not isinstance(stored, torch.Tensor) or stored.shape != weight.shape:
+        return []
+    wanted = definition.merged_weight(weight, factors, spec.scaling)
+    allowed = bounds.merged_weight(weight, factors, spec.scaling, arithmetic)
+    visible = bounds.visibility(wanted - weight.double(), allowed)
+    return [_proof(f"the merged weight of {name}", bounds.worst(stored, wanted, allowed), visible)]
 
 
 def prove_training(arm: Arm, subject: Subject) -> Proof:

@@ -107,6 +107,7 @@ class Session:
                     for row in rows:
                         if not self.results[row].memory:
                             self.results[row].memory = {"attribution": f"unavailable ({message.text})"}
+                            self._record(self.results[row], quantity="memory", memory=self.results[row].memory)
                 else:
                     row, self.results[row].memory = message
                     self._record(self.results[row], quantity="memory", memory=self.results[row].memory)

@@ -39,21 +39,6 @@ SHIPPED = {
     "loralib": Shipped("lora_bench.subjects.loralib:LORALIB", "loralib", "lora-bench[loralib]"),
 }
 
-# What importing a stranger's code may raise, short of leaving the process.
-_MISHAPS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NameError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-)
-
 
 def shipped() -> tuple[str, ...]:
     """The names of the subjects that ship with the package."""
@@ -129,7 +114,7 @@ def _load(text: str, source: str) -> ModuleType:
     """The module that `source` names, by its dotted name or the path of its file."""
     try:
         return _load_file(Path(source)) if source.endswith(".py") else import_module(source)
-    except _MISHAPS as error:
+    except Exception as error:  # a stranger's file may raise anything
         raise ValueError(f"{text!r} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
