@@ -1,5 +1,6 @@
 # One command each, on a machine with nothing but make, pip and Python 3.11 or newer.
 #   make bench ARGS="--lora-device cuda"     more options for pytest
+#   make test ARGS=tests/test_bounds.py      one file of tests
 #   make test PYTHON=python3.12              another Python for a new .venv
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ bench: $(INSTALLED)  ## measure every set-up on the device there is; pytest prin
 	.venv/bin/python -m pytest suites/gpu --benchmark $(ARGS)
 
 test: $(INSTALLED)  ## the project's own tests: no GPU, no network, no download
-	.venv/bin/python -m pytest tests $(ARGS)
+	.venv/bin/python -m pytest $(ARGS)
 
 lint: $(INSTALLED)  ## formatting, ruff's rules and types
 	.venv/bin/python -m ruff format --check .

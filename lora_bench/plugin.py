@@ -157,6 +157,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section(f"against {config.option.lora_baseline}")
         for line in config.stash[COMPARED]:
             terminalreporter.write_line(str(line))
+        terminalreporter.write_line(baseline.closing(config.stash[COMPARED]))
     if verdicts := config.stash.get(JUDGED, None):
         from lora_bench.conformance import summary
 

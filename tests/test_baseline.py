@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lora_bench.bench.workload import BASE, Row, Workload
-from lora_bench.gate.baseline import compare, exit_code, load
+from lora_bench.gate.baseline import Line, closing, compare, exit_code, load
 
 ROW = Row("mine", Workload("separate", "prefill", "micro", "fp32", rank=4, batch=2, sequence=8))
 MIB = 2**20
@@ -207,7 +207,7 @@ def test_our_rows_are_read_and_benchmarks_of_others_passed_over(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "old.json is no JSON of --benchmark-json: FileNotFoundError"),
+        (None, "--lora-baseline: there is no file .*old.json"),
         (b"", "old.json is no JSON of --benchmark-json: JSONDecodeError"),
         (b"\xff\xfe\x00", "old.json is no JSON of --benchmark-json: UnicodeDecodeError"),
         (b"[1, 2]", "old.json is no JSON of --benchmark-json: TypeError"),
@@ -238,3 +238,9 @@ def test_a_file_that_is_no_baseline_is_refused_by_name(tmp_path: Path, content: 
 def test_a_folder_is_no_baseline(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no JSON of --benchmark-json: IsADirectoryError"):
         load(tmp_path)
+
+
+def test_a_comparison_closes_with_its_counts_and_its_rule() -> None:
+    lines = [Line("a", verdict, "") for verdict in ("pass", "pass", "REGRESSION", "NOT COMPARABLE")]
+
+    assert closing(lines).startswith("2 passed, 1 regressed, 1 not comparable. Memory may rise by 0.5%")

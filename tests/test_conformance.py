@@ -88,6 +88,7 @@ def test_a_failure_says_what_was_found_wanted_and_allowed_and_how_to_replay_it()
         acme does not conform: forward.matches_definition
           claim      The output is W x + b + s B A x.
           case       t1 i2 o1 r1 a1 fp64 s0
+          scaling    s = alpha / r = 1
           found      y[0,0] = 1.96402, wanted 0.755922
           error      1.21e+00, allowed 2.31e-15  (x5.2e+14)
           replay     lora-bench replay acme.py:ACME forward.matches_definition 't1 i2 o1 r1 a1 fp64 s0'
@@ -101,6 +102,7 @@ def test_values_that_differ_late_are_told_apart_and_what_must_be_equal_has_no_ra
         acme does not conform: forward.matches_definition
           claim      The output is W x + b + s B A x.
           case       t1 i2 o1 r1 a1 fp64 s0
+          scaling    s = alpha / r = 1
           found      x = 1, wanted 1.0000000009313226
           error      9.31e-10, must be equal
           replay     lora-bench replay acme forward.matches_definition 't1 i2 o1 r1 a1 fp64 s0'
@@ -113,6 +115,7 @@ def test_an_exception_of_the_subject_is_a_failure_that_shows_its_type_and_text()
         acme does not conform: forward.matches_definition
           claim      The output is W x + b + s B A x.
           case       t1 i1 o1 r1 a1 fp64 s0
+          scaling    s = alpha / r = 1
           because    forward raised ZeroDivisionError: division by zero
           replay     lora-bench replay acme forward.matches_definition 't1 i1 o1 r1 a1 fp64 s0'
         """

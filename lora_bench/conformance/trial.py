@@ -95,6 +95,8 @@ class Trial:
             linear.weight.copy_(weight)
             if bias is not None:
                 linear.bias.copy_(bias)
+        if self.kind == "linear":
+            return linear  # trainable, as every new layer is: to freeze it is the subject's business
         try:
             return base_layer(self.kind, linear)
         except (ImportError, TypeError) as reason:  # not installed, or not of this dtype
@@ -115,7 +117,9 @@ class Trial:
     def wrap(self, spec: LoraSpec | None = None) -> Layer:
         """A layer as `wrap` makes it, of the case's spec or another; NotOffered where the subject says so."""
         self.must_support(spec := spec or self.spec)
-        return self.ask("wrap", self.base(), spec)
+        layer = self.ask("wrap", self.base(), spec)
+        self.require(layer is not None, "wrap returned None, wanted a layer")
+        return layer
 
     def layer(self, factors: Factors | None = None, spec: LoraSpec | None = None) -> Layer:
         """A layer with factors loaded, the case's first or others."""

@@ -58,7 +58,9 @@ class Verdict:
             head = f"{self.subject} {WORDING[self.status]}: {self.check.id}"
         rows = [("claim", self.check.claim)]
         if self.case is not None:
+            spec = self.case.spec
             rows.append(("case", str(self.case)))
+            rows.append(("scaling", f"s = alpha / {'sqrt(r)' if spec.rslora else 'r'} = {spec.scaling:g}"))
         if self.deviation is not None:
             rows += _measured(self.tensor, self.deviation)
         if self.because:

@@ -32,6 +32,14 @@ def specified(**changes: Callable[[LoraSpec], Any]) -> Subject:
     return bug(wrap=wrap)
 
 
+def left_as_it_was(base: nn.Linear, spec: LoraSpec) -> LoraLinear:
+    """Forgets to freeze the base."""
+    trainable = base.weight.requires_grad
+    layer = LoraLinear(base, spec)
+    layer.base_layer.requires_grad_(trainable)
+    return layer
+
+
 def wrapped(change: Callable[[Layer], object]) -> Subject:
     """The reference with something done to each layer once it is wrapped."""
 
@@ -174,6 +182,7 @@ SPECIMENS: dict[str, dict[str, Subject]] = {
         "both are zero": wrapped(lambda layer: nn.init.zeros_(layer.lora_A)),
     },
     "training.only_factors_train": {
+        "the base is not frozen": bug(wrap=left_as_it_was),
         "the base trains": wrapped(lambda layer: layer.base_layer.requires_grad_(True)),
         "A is frozen": wrapped(lambda layer: layer.lora_A.requires_grad_(False)),
     },

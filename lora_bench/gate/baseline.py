@@ -48,6 +48,8 @@ def load(path: Path) -> dict[Row, dict[str, Any]]:
             for info in infos
             if "workload" in info
         }
+    except FileNotFoundError:
+        raise ValueError(f"--lora-baseline: there is no file {path}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no JSON of --benchmark-json: {type(error).__name__}: {error}") from None
     if not rows:
@@ -94,6 +96,17 @@ def _compare_ratio(row: Row, now: dict[str, float] | None, then: dict[str, float
     text = " -> ".join(f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]" for ratio in (then, now))
     verdict = REGRESSION if apart and change > RATIO_TOLERANCE else PASS
     return Line(str(row), verdict, f"x base {text} ({change:+.1%}, limit {RATIO_TOLERANCE:.0%})")
+
+
+def closing(lines: list[Line]) -> str:
+    """How many comparisons passed and did not, and by which rule."""
+    verdicts = [line.verdict for line in lines]
+    passed, regressed, other = (verdicts.count(verdict) for verdict in (PASS, REGRESSION, NOT_COMPARABLE))
+    return (
+        f"{passed} passed, {regressed} regressed, {other} not comparable. Memory may rise by {MEMORY_TOLERANCE:.1%};\n"
+        f"a ratio has regressed when it is over {RATIO_TOLERANCE:.0%} up and the two intervals are apart;\n"
+        "the resident set is not compared, since it does not repeat."
+    )
 
 
 def exit_code(lines: list[Line]) -> int:
