@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
+from lora_bench.case import DTYPES
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 T = TypeVar("T")
 R = TypeVar("R")
-DTYPES = ("fp64", "fp32", "bf16", "fp16")
 DEFAULT_SUBJECTS = ("reference", "peft")
 DEFAULTS = {
     "cpu": {"model": "tiny", "dtype": "fp32", "batch": 8, "sequence": 64},

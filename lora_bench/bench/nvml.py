@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import pynvml
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+T = TypeVar("T")
 
 
 class Unavailable(NamedTuple):
@@ -20,15 +22,18 @@ class Unavailable(NamedTuple):
         return f"unavailable ({self.reason})"
 
 
-def probe(read: Callable[[Any], int | str], uuid: str) -> int | str | Unavailable:
-    """`read` applied to the NVML handle of the device with this UUID (CUDA's and NVML's indices differ)."""
+def probe(read: Callable[[Any], T], uuid: str) -> T | Unavailable:
+    """`read` applied to the NVML handle of the device with this UUID (CUDA's and NVML's indices differ).
+
+    `read` may raise LookupError with the reason why NVML has no such value.
+    """
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
         return Unavailable(f"NVML: {error}")
     try:
         return read(pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"))
-    except pynvml.NVMLError as error:
+    except (pynvml.NVMLError, LookupError) as error:
         return Unavailable(f"NVML: {error}")
     finally:
         pynvml.nvmlShutdown()
@@ -47,20 +52,14 @@ def process_bytes(uuid: str, pid: int | None = None) -> int | Unavailable:
             raise LookupError("the driver does not tell memory by process here")
         return int(found[wanted])
 
-    try:
-        value = probe(read, uuid)
-    except LookupError as error:
-        return Unavailable(f"NVML: {error.args[0]}")
-    return value if isinstance(value, Unavailable) else int(value)
+    return probe(read, uuid)
 
 
 def driver_version(uuid: str) -> str | Unavailable:
     """The version of the device's driver."""
-    value = probe(lambda _handle: str(pynvml.nvmlSystemGetDriverVersion()), uuid)
-    return value if isinstance(value, Unavailable) else str(value)
+    return probe(lambda _handle: str(pynvml.nvmlSystemGetDriverVersion()), uuid)
 
 
 def power_limit_watts(uuid: str) -> float | Unavailable:
     """The power limit that the driver enforces, in watts."""
-    value = probe(lambda handle: int(pynvml.nvmlDeviceGetEnforcedPowerLimit(handle)), uuid)
-    return value if isinstance(value, Unavailable) else float(value) / 1e3
+    return probe(lambda handle: int(pynvml.nvmlDeviceGetEnforcedPowerLimit(handle)) / 1e3, uuid)

@@ -82,7 +82,6 @@ class Row(NamedTuple):
 
 
 VERBS = {
-    "base": (),
     "merged": (("merge_and_unload",), ("merge",)),
     "separate": ((),),
     "batched": (("pool", "route"),),
