@@ -46,10 +46,12 @@ def conform(options: argparse.Namespace) -> int:
     for docket in dockets:
         print(docket.subject)
         own = verdicts[str(docket.subject)] = []
-        for check in docket.checks:
-            verdict = docket.verdict(check)
+        for verdict in docket.verdicts():
             own.append(verdict)
-            print(f"  {verdict.status.replace('_', ' '):<13} {check.id:<42} {_remark(verdict)}".rstrip(), flush=True)
+            print(
+                f"  {verdict.status.replace('_', ' '):<13} {verdict.check.id:<42} {_remark(verdict)}".rstrip(),
+                flush=True,
+            )
         print()
         (output / "conformance.json").write_text(json.dumps(as_json(verdicts), indent=1) + "\n", encoding="utf-8")
         (output / "conformance.md").write_text(as_markdown(verdicts), encoding="utf-8")

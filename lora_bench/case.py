@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_bench.spec import Factors, LoraSpec
 from lora_bench.subject import KNOWN
@@ -256,7 +256,7 @@ def cases(kind: str = "linear", /, **strategies: SearchStrategy[object]) -> Sear
     from hypothesis import strategies as st
 
     small = st.integers(1, 8)
-    defaults: dict[str, SearchStrategy[object]] = {
+    fields: dict[str, SearchStrategy[object]] = {
         "tokens": st.integers(1, 6),
         "d_in": small,
         "d_out": small,
@@ -267,45 +267,37 @@ def cases(kind: str = "linear", /, **strategies: SearchStrategy[object]) -> Sear
         "gain": st.sampled_from([1.0, 0.01, 4.0]),
         "bias": st.booleans(),
         "rslora": st.booleans(),
-        "kind": st.just(kind),
     }
     if kind in QUANTISED:
         # Up to several blocks of 64 values, with and without a broken last one.
         widths = [32, 64] if kind == "int4" else [5, 8, 32, 64]  # int4 has no broken ones
-        defaults |= {"d_in": st.sampled_from(widths), "d_out": st.sampled_from([1, 4, 7, 16])}
+        fields |= {"d_in": st.sampled_from(widths), "d_out": st.sampled_from([1, 4, 7, 16])}
+    elif kind in DIMENSIONS:
+        several = st.integers(1, 2)  # for each group
+        fields |= {
+            "groups": st.sampled_from([1, 1, 1, 2]),
+            "tokens": st.integers(1, 2),
+            "d_in": several,
+            "d_out": st.integers(1, 3),
+            "rank": several,
+            "kernel": st.integers(1, 2 if kind == "conv3d" else 3),
+            "stride": st.integers(1, 2),
+            "dilation": st.sampled_from([1, 1, 2]),
+            "padding": st.integers(0, 1),
+            "padding_mode": st.sampled_from(["zeros"] * 4 + list(MODES)),
+        }
+    elif not {"d_in", "d_out"} & strategies.keys():
+        fields["square"] = st.booleans()
     if kind == "embedding":
-        defaults["bias"] = st.just(False)
-    if kind in DIMENSIONS:
-        shape = st.sampled_from([1, 1, 1, 2]).flatmap(lambda groups: st.fixed_dictionaries(_convolved(kind, groups)))
-        return shape.flatmap(lambda drawn: st.builds(Case, **(defaults | _just(drawn) | strategies)))
-    either = st.builds(Case, **(defaults | strategies))
-    if not {"d_in", "d_out"} & strategies.keys() and kind not in QUANTISED:
-        either |= small.flatmap(
-            lambda size: st.builds(Case, **(defaults | strategies | _just({"d_in": size, "d_out": size})))
-        )
-    return either
+        del fields["bias"]
+    by_group = {"d_in", "d_out", "rank"} - strategies.keys()
 
+    # One flat strategy, fitted afterwards: those that depend on each other's draws take several times as long.
+    def fitted(drawn: dict[str, Any]) -> Case:
+        if drawn.pop("square", False):
+            drawn["d_out"] = drawn["d_in"]
+        for name in by_group:
+            drawn[name] *= drawn.get("groups", 1)
+        return Case(kind=kind, **drawn)
 
-def _just(values: dict[str, object]) -> dict[str, SearchStrategy[object]]:
-    from hypothesis import strategies as st
-
-    return {name: st.just(value) for name, value in values.items()}
-
-
-def _convolved(kind: str, groups: int) -> dict[str, SearchStrategy[object]]:
-    """The shapes of a small convolution with so many groups."""
-    from hypothesis import strategies as st
-
-    several = st.integers(1, 2).map(lambda times: times * groups)
-    return {
-        "groups": st.just(groups),
-        "tokens": st.integers(1, 2),
-        "d_in": several,
-        "d_out": st.integers(1, 3).map(lambda times: times * groups),
-        "rank": several,
-        "kernel": st.integers(1, 2 if kind == "conv3d" else 3),
-        "stride": st.integers(1, 2),
-        "dilation": st.sampled_from([1, 1, 2]),
-        "padding": st.integers(0, 1),
-        "padding_mode": st.sampled_from(["zeros"] * 4 + list(MODES)),
-    }
+    return st.fixed_dictionaries(fields | strategies).map(fitted)

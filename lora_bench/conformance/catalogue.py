@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -68,3 +69,6 @@ def find_check(text: str) -> Check:
         nearest = get_close_matches(text, _BY_ID, n=3, cutoff=0.0)
         raise ValueError(f"no check is called {text!r}; the nearest are {', '.join(nearest)}")
     return _BY_ID[text]
+
+
+copyreg.pickle(Check, lambda check: (find_check, (check.id,)))  # a check travels to other processes by its id

@@ -278,11 +278,19 @@ def _most_telling(verdicts: list[Verdict]) -> Verdict:
 
 @contextmanager
 def _steady(case: Case) -> Iterator[None]:
-    """The same random numbers for the same case, gradients on, and a subject's warnings not taken for errors."""
+    """The same random numbers for the same case, gradients on, and a subject's warnings not taken for errors.
+
+    On one thread: so small a case gains nothing by more, and where another program runs, waits for them.
+    """
+    threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
         torch.default_generator.manual_seed(case.seed)
         warnings.simplefilter("ignore")
-        yield
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 class _Attempt:
