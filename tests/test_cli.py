@@ -15,7 +15,8 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from lora_bench import REFERENCE, Case, __version__, subjects
-from lora_bench.__main__ import exit_code, main
+from lora_bench.__main__ import main
+from lora_bench.commands.conform import exit_code
 from lora_bench.adapter import read
 from lora_bench.conformance import CHECKS, Verdict, docket, find_check
 from lora_bench.conformance.zoo import SPECIMENS

@@ -25,7 +25,8 @@ FLOORS = (
     {"bench", "claims", "conformance"},
     {"gate"},
     {"options", "report"},
-    {"plugin", "__main__"},
+    {"commands", "plugin"},
+    {"__main__"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # What any room may import; everything else is under test, and imported only by `subjects`.

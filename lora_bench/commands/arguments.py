@@ -1,0 +1,44 @@
+"""What the verbs share: their exit codes, and options read with care."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    Verbs = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001  # the type has no other name
+
+FINE, FAILED, USAGE, INCONCLUSIVE, LOST = 0, 1, 2, 6, 7
+"""0 fine, 1 a check failed, 2 usage, 6 inconclusive or nothing was judged, 7 the device was lost."""
+
+
+def output_option(verb: argparse.ArgumentParser) -> None:
+    """Declare --lora-output."""
+    verb.add_argument("--lora-output", default=".lora_bench", metavar="FOLDER", help="for what is kept (.lora_bench)")
+
+
+def writable(folder: str) -> Path:
+    """The folder, made and tried; ValueError where nothing can be written into it."""
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / ".writable").touch()
+        (path / ".writable").unlink()
+    except OSError as error:
+        raise ValueError(f"--lora-output {folder}: {error.strerror}") from None
+    return path
+
+
+def at_least(least: int, number: type[int | float]) -> Callable[[str], float]:
+    """An option's type: a number that is not smaller."""
+
+    def read(text: str) -> float:
+        value = number(text)
+        if not value >= least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        return value
+
+    read.__name__ = number.__name__  # argparse names it where the text is no number
+    return read
