@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_bench.spec import Factors, LoraSpec
@@ -145,35 +145,9 @@ class Case:
     @classmethod
     def parse(cls, text: str) -> Case:
         """The case that `text` names; ValueError naming the word that is not understood."""
-        names = {letter: name for name, letter in LETTERS.items()}
-        types = {field.name: field.type for field in fields(cls)}
         values: dict[str, object] = {}
         for word in text.split():
-            match = re.fullmatch(r"([a-z]+)(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)", word)
-            name: str
-            value: object
-            if word in DTYPES:
-                name, value = "dtype", word
-            elif word in FLAGS:
-                name, value = word, True
-            elif word in KINDS:
-                name, value = "kind", word
-            elif word in MODES:
-                name, value = "padding_mode", word
-            elif word.startswith("ops="):
-                name, value = "ops", tuple(filter(None, word.removeprefix("ops=").split(",")))
-            elif match and match[1] in names:
-                name = names[match[1]]
-                try:
-                    value = int(match[2]) if types[name] == "int" else float(match[2])
-                except ValueError:
-                    raise ValueError(f"{name} must be an integer, got {word!r} in the case {text!r}") from None
-            else:
-                numbers = [
-                    f"{letter}N" if letter == name else f"{letter}N ({name})" for name, letter in LETTERS.items()
-                ]
-                known = ", ".join([*numbers, *DTYPES, *FLAGS, *KINDS, *MODES, "ops=VERB,VERB"])
-                raise ValueError(f"{word!r} is no part of a case in {text!r}; known are {known}")
+            name, value = _part(word)
             if name in values:
                 raise ValueError(f"{name} is given twice in the case {text!r}")
             values[name] = value
@@ -236,10 +210,32 @@ class Case:
 
 LEAST = {"tokens": 0, "d_in": 1, "d_out": 1, "rank": 1, "seed": 0, "adapters": 1}
 LEAST |= {"kernel": 1, "stride": 1, "dilation": 1, "padding": 0, "groups": 1}
+PARTS = (
+    "wanted some like 't3 i5 o4 r2 a3 fp64 s0' (tokens, d_in, d_out, rank, alpha, dtype, seed; `replay --help` has all)"
+)
 WORDS = ("kind", "padding_mode")
 CONVOLUTION = {
     name: getattr(Case, name) for name in ("kernel", "stride", "dilation", "padding", "groups", "padding_mode")
 }
+
+
+def _part(word: str) -> tuple[str, object]:
+    """The field that a word of a case gives, and its value."""
+    for name, known in (("dtype", DTYPES), ("kind", KINDS), ("padding_mode", MODES)):
+        if word in known:
+            return name, word
+    if word in FLAGS:
+        return word, True
+    if word.startswith("ops="):
+        return "ops", tuple(filter(None, word.removeprefix("ops=").split(",")))
+    match = re.fullmatch(r"([a-z]+)(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)", word)
+    name = next((name for name, letter in LETTERS.items() if match and match[1] == letter), "")
+    if not (match and name):
+        raise ValueError(f"{word!r} is no part of a case; {PARTS}")
+    try:
+        return name, type(getattr(Case, name))(match[2])
+    except ValueError:
+        raise ValueError(f"{name} must be an integer, got {word!r}") from None
 
 
 def _number(value: float) -> str:

@@ -95,6 +95,16 @@ class Factors:
     def d_out(self) -> int:
         return self.b.shape[0]
 
+    def blocks(self, groups: int) -> list[Tensor]:
+        """The (d_out / groups, r / groups) blocks on the diagonal of b: all that B is in a convolution with groups.
+
+        Raises ValueError for a b that is not zero outside of them.
+        """
+        blocks = [rows.chunk(groups, 1)[group] for group, rows in enumerate(self.b.chunk(groups))]
+        if sum(int(block.count_nonzero()) for block in blocks) != int(self.b.count_nonzero()):
+            raise ValueError(f"factor b must be zero outside its {groups} groups")
+        return blocks
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Factors:
         """These factors with `change` made to each tensor."""
         bias = None if self.bias is None else change(self.bias)

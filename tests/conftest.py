@@ -9,6 +9,14 @@ settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50
 settings.register_profile("nightly", deadline=None, max_examples=2000, print_blob=True)
 
 
+@pytest.fixture
+def seeded() -> None:
+    """torch's own generator, at its start."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     chosen = config.getoption("--hypothesis-profile") or os.environ.get("HYPOTHESIS_PROFILE") or "ci"
     settings.load_profile(chosen)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import pickle
-import re
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
 from typing import TypeVar, cast
 
 import pytest
@@ -13,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_bench import bounds, definition
-from lora_bench.bounds import Arithmetic, worst
+from lora_bench.bounds import Arithmetic
 from lora_bench.case import DTYPES, Case, Problem
 from lora_bench.conformance.trial import Trial
 from lora_bench.reference import REFERENCE, LoraLayer, LoraLinear
 from lora_bench.reference.several import add
 from lora_bench.spec import Factors, LoraSpec
+from tests.expected import within
 
 Layer = TypeVar("Layer", bound=nn.Module)
 NAMES = ("default", "b", "c")
@@ -39,10 +38,6 @@ def made(case: Case, dropout: float = 0.0) -> tuple[LoraLinear, Problem, Factors
     return layer, problem, problem.adapters[0][1]
 
 
-def within(found: Tensor, wanted: Tensor, allowed: Tensor | float) -> bool:
-    return worst(found, wanted, allowed).ratio <= 1
-
-
 def obey(layer: LoraLinear, problem: Problem, w: Tensor) -> None:
     """Assert that output and gradients of `layer` over a base weight w are those of the definition."""
     x, given_ = problem.x.clone().requires_grad_(), (w, problem.adapters[0][1], layer.spec.scaling)
@@ -60,10 +55,6 @@ def obey(layer: LoraLinear, problem: Problem, w: Tensor) -> None:
         assert leaf.grad.dtype == x.dtype
         assert within(leaf.grad, gradient, limit)
     assert all(parameter.grad is None for parameter in layer.base_layer.parameters())
-
-
-def refuses(error: type[Exception], message: str) -> AbstractContextManager[object]:
-    return pytest.raises(error, match=f"^{re.escape(message)}$")
 
 
 def pickled(layer: Layer) -> Layer:

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from lora_bench import REFERENCE, Case, __version__
-from lora_bench.__main__ import exit_code, main
+from lora_bench.__main__ import main
 from lora_bench.adapter import read
+from lora_bench.commands.conform import exit_code
 from lora_bench.conformance import CHECKS, Verdict, docket, find_check
 from lora_bench.conformance.zoo import SPECIMENS
 from tests.plug_in import PLUG_IN, WRONG
@@ -117,7 +118,10 @@ def test_a_folder_that_cannot_be_written_to_is_said_before_anything_is_judged(
 ) -> None:
     Path("file").touch()
     assert main(["conform", "--lora-subject", acme, "--lora-output", "file/folder"]) == 2
-    assert capsys.readouterr().err == "lora-bench conform: --lora-output file/folder: Not a directory\n"
+    assert (
+        capsys.readouterr().err
+        == "lora-bench conform: --lora-output: wanted a folder that can be written, got file/folder: Not a directory\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -196,3 +200,13 @@ def test_selftest_tells_what_it_found(
     assert "planted bugs: 1 of 1 found by the checks that they name (100.0%)" in told
     assert re.search(r"false alarms: 0 in \d+ cases on 1 correct implementations", told)
     assert Path(".lora_bench/selftest.txt").read_text() in told
+
+
+def test_the_help_of_replay_says_what_a_case_is_made_of(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["replay", "--help"])
+
+    said = " ".join(capsys.readouterr().out.split())
+    assert "A case is made of tN (tokens), iN (d_in), oN (d_out), rN (rank), aN (alpha)" in said
+    for word in ("kernelN", "fp16", "rslora", "conv2d", "circular", "ops=VERB,VERB"):
+        assert f", {word}" in said

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from textwrap import dedent
 
 from lora_bench import Case
 from lora_bench.bounds import Deviation
@@ -63,18 +62,6 @@ def test_the_json_holds_everything_and_is_valid() -> None:
 def test_an_error_without_end_is_still_json() -> None:
     endless = Verdict("acme", DEFINED, "fails", Case(), "y", Deviation((0,), float("nan"), 1.0, float("inf"), 1e-15))
 
-    assert json.loads(json.dumps(as_json({"acme": [endless]}), allow_nan=False))
+    kept = json.loads(json.dumps(as_json({"acme": [endless]}), allow_nan=False))
 
-
-def test_a_failure_reads_as_it_should() -> None:
-    message = """\
-        acme does not conform: forward.matches_definition
-          claim      The output is W x + b + s B A x.
-          case       t1 i1 o1 r1 a1 fp64 s0
-          scaling    s = alpha / r = 1
-          found      y[0,0] = 2, wanted 1
-          error      1.00e+00, allowed 1.00e-15  (x1.0e+15)
-          resembles  `scale_is_alpha` (alpha is not divided, residual 0e+00)
-          replay     lora-bench replay acme forward.matches_definition 't1 i1 o1 r1 a1 fp64 s0'
-        """
-    assert str(FAILED) == dedent(message).strip()
+    assert kept["subjects"]["acme"][0]["deviation"] == {"tensor": "y", "error": None, "allowed": 1e-15}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +19,8 @@ from lora_bench.conformance.correct import CORRECT
 from lora_bench.conformance.correct.gradients import Manual
 from lora_bench.conformance.correct.products import Balanced
 from lora_bench.conformance.verdict import Verdict
-from lora_bench.subject import VERBS, Subject
+from lora_bench.subject import KNOWN, VERBS, Subject
+from tests.imported_modules import imported
 
 EAGER = [name for name in CORRECT if name != "compiled"]  # every shape costs a compiled one seconds
 KINDS = [(name, kind) for name in EAGER for kind in CORRECT[name].layers]
@@ -71,8 +71,7 @@ def test_every_verb_of_a_layer_is_offered_in_more_than_one_way() -> None:
 
 def test_none_has_code_of_the_reference() -> None:
     for path in Path(correct.__file__).parent.glob("*.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        modules = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        modules = imported(path.read_text(encoding="utf-8"))
 
         assert not [module for module in modules if module.startswith("lora_bench.reference")], path.name
 
@@ -117,3 +116,7 @@ def test_the_layouts_are_those_that_they_are_named_for() -> None:
     assert type(wrapped["hooked"]) is type(base)
     assert torch.nn.utils.parametrize.is_parametrized(wrapped["parametrised"], "weight")
     assert wrapped["upcast"].to(torch.bfloat16) is wrapped["upcast"]
+
+
+def test_every_variant_is_computed_by_one_that_is_right() -> None:
+    assert {variant for subject in CORRECT.values() for variant in subject.variants} == set(KNOWN["variants"])

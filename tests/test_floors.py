@@ -3,12 +3,12 @@
 import ast
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import lora_bench
+from tests.imported_modules import imported
 
 HOUSE = Path(lora_bench.__file__).parent
 
@@ -32,30 +32,11 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # What any room may import; everything else is under test, and imported only by `subjects`.
 TOOLS = {"_pytest", "hypothesis", "pytest", "pytest_benchmark", "rich", "psutil", "pynvml", "safetensors"}
 TOOLS |= {"numpy", "scipy", "torch", "transformers"}
-IMPORTERS = {"import_module", "quiet_import", "__import__"}
 FILES = sorted(HOUSE.rglob("*.py"))
 
 
 def names(path: Path) -> str:
     return path.relative_to(HOUSE).as_posix()
-
-
-def imported(source: str) -> Iterator[str]:
-    """Every module that `source` imports anywhere, in full; for a public name of lora_bench, the module it lives in."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: imports are written in full"
-            if node.module == "lora_bench":
-                taken = [alias.name for alias in node.names if alias.name != "__version__"]
-                yield from (f"lora_bench.{lora_bench._HOMES.get(name, name)}" for name in taken)
-            else:
-                yield node.module or ""
-        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            if called in IMPORTERS:
-                yield str(node.args[0].value)
 
 
 def faults(room: str, source: str) -> list[str]:
@@ -100,6 +81,15 @@ def test_the_door_imports_nothing_when_it_is_opened() -> None:
 @pytest.mark.parametrize("path", FILES, ids=names)
 def test_files_can_be_read_in_one_sitting(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 350
+
+
+def test_so_can_the_tests() -> None:
+    lengths = {
+        path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in Path(__file__).parent.glob("*.py")
+    }
+
+    assert lengths[Path(__file__).name] > 0
+    assert {name: length for name, length in lengths.items() if length > 350} == {}
 
 
 @pytest.mark.parametrize(

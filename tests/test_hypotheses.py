@@ -1,6 +1,6 @@
 """The hypotheses: every fault that is known is named when it is planted, and no other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -86,12 +86,25 @@ def beside(g: Given, found: Tensor) -> Seen:
     return alone(g, found)._replace(adapters=adapters, original=original(g), zero_padded=zero_padded(g))
 
 
-@both_dtypes
-@pytest.mark.parametrize("name", FORWARD)
-def test_a_fault_of_one_layer_is_named(name: str, dtype: str) -> None:
-    every = [given(text, dtype) for text in SINGLE]
+# The faults of a family, the cases that they are planted in, and as what answer they are seen.
+FAMILIES: dict[str, tuple[dict[str, Fault], Sequence[str], Callable[[Given, Tensor], Seen]]] = {
+    "of one layer": (FORWARD, SINGLE, alone),
+    "of an adapter that is off": (OFF, SEVERAL, bare),
+    "of a merged weight": (MERGED, SINGLE, merged),
+    "of the bias of B": (LORA_BIAS, [f"{text} lora_bias" for text in SINGLE], lora_biased),
+    "of DoRA": (DORA, [f"{text} dora" for text in SINGLE], weighed),
+    "beside the adapter": (OTHERS, SINGLE, beside),
+}
 
-    assert name_of([alone(g, FORWARD[name](g)) for g in every]) == name
+
+@both_dtypes
+@pytest.mark.parametrize(("family", "name"), [(family, name) for family in FAMILIES for name in FAMILIES[family][0]])
+def test_a_fault_is_named(family: str, name: str, dtype: str) -> None:
+    faults, texts, seen = FAMILIES[family]
+    every = [given(text, dtype) for text in texts]
+    torch.manual_seed(0)
+
+    assert name_of([seen(g, faults[name](g)) for g in every]) == name
 
 
 @both_dtypes
@@ -116,38 +129,6 @@ def alike(g: Given, adapter: tuple[LoraSpec, Factors]) -> tuple[LoraSpec, Factor
     """An adapter with the ranks of the first."""
     (spec, factors), rank = adapter, g.spec.rank
     return replace(spec, rank=rank), Factors(factors.a[:rank], factors.b[:, :rank])
-
-
-@both_dtypes
-@pytest.mark.parametrize("name", OFF)
-def test_a_fault_of_an_adapter_that_is_off_is_named(name: str, dtype: str) -> None:
-    every = [given(text, dtype) for text in SEVERAL]
-
-    assert name_of([bare(g, OFF[name](g)) for g in every]) == name
-
-
-@both_dtypes
-@pytest.mark.parametrize("name", MERGED)
-def test_a_fault_of_a_merged_weight_is_named(name: str, dtype: str) -> None:
-    every = [given(text, dtype) for text in SINGLE]
-
-    assert name_of([merged(g, MERGED[name](g)) for g in every]) == name
-
-
-@both_dtypes
-@pytest.mark.parametrize("name", LORA_BIAS)
-def test_a_fault_of_the_bias_of_b_is_named(name: str, dtype: str) -> None:
-    every = [given(f"{text} lora_bias", dtype) for text in SINGLE]
-
-    assert name_of([lora_biased(g, LORA_BIAS[name](g)) for g in every]) == name
-
-
-@both_dtypes
-@pytest.mark.parametrize("name", DORA)
-def test_a_fault_of_dora_is_named(name: str, dtype: str) -> None:
-    every = [given(f"{text} dora", dtype) for text in SINGLE]
-
-    assert name_of([weighed(g, DORA[name](g)) for g in every]) == name
 
 
 @both_dtypes
@@ -179,15 +160,6 @@ def test_of_more_features_than_there_are_masks_no_dropout_is_told() -> None:
 
     assert name_of([beside(few, OTHERS["dropout_is_active"](few))]) == "dropout_is_active"
     assert name_of([beside(many, OTHERS["dropout_is_active"](many))]) is None
-
-
-@both_dtypes
-@pytest.mark.parametrize("name", OTHERS)
-def test_a_fault_beside_the_adapter_is_named(name: str, dtype: str) -> None:
-    torch.manual_seed(0)
-    every = [given(text, dtype) for text in SINGLE]
-
-    assert name_of([beside(g, OTHERS[name](g)) for g in every]) == name
 
 
 PARTS = ("x", "factors", "x_and_factors", "delta", "output")
@@ -226,7 +198,7 @@ def test_a_part_that_is_rounded_is_named(part: str, dtype: str, narrow: str) -> 
 
 
 def test_every_fault_that_is_known_is_planted() -> None:
-    families = (FORWARD, ROUTED, SUMMED, OFF, MERGED, LORA_BIAS, DORA, OTHERS)
+    families = (ROUTED, SUMMED, *(faults for faults, _, _ in FAMILIES.values()))
     planted = {name for family in families for name in family}
     planted |= {f"{part}_in_{narrow}" for part in PARTS for narrow in NARROW}
 

@@ -1,27 +1,15 @@
 """What importing costs, and what it gives."""
 
-import subprocess
-import sys
-from importlib.util import find_spec
-
 import pytest
 
 import lora_bench
-
-
-def loaded_by(statement: str) -> set[str]:
-    """The modules that a fresh interpreter holds after `statement`."""
-    program = f"import sys\n{statement}\nprint(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    return set(done.stdout.split())
+from tests.fresh_interpreter import loaded_by
 
 
 @pytest.mark.parametrize(
     "module", ["lora_bench", "lora_bench.plugin", "lora_bench.__main__", "lora_bench.spec", "lora_bench.case"]
 )
 def test_importing_is_cheap(module: str) -> None:
-    if find_spec(module) is None:
-        pytest.skip(f"{module} is not there yet")
     loaded = loaded_by(f"import {module}")
 
     assert module in loaded

@@ -1,6 +1,7 @@
 """Records are appended and complete after every single one."""
 
 import json
+import os
 import stat
 from pathlib import Path
 
@@ -34,4 +35,10 @@ def test_a_file_in_the_place_of_the_folder_is_an_error_before_anything_is_measur
 
 
 def test_records_are_no_secret(tmp_path: Path) -> None:
-    assert Records(tmp_path).path.stat().st_mode & stat.S_IRUSR
+    before = os.umask(0o022)
+    try:
+        path = Records(tmp_path).path
+    finally:
+        os.umask(before)
+
+    assert stat.filemode(path.stat().st_mode) == "-rw-r--r--"

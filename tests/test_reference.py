@@ -12,7 +12,8 @@ from lora_bench.bounds import Arithmetic
 from lora_bench.case import Case, cases
 from lora_bench.reference import LoraLinear
 from lora_bench.spec import Factors, LoraSpec
-from tests.reference_layers import base_of, each_dtype, made, obey, refuses, within
+from tests.expected import exactly, within
+from tests.reference_layers import base_of, each_dtype, made, obey
 
 
 @given(cases())
@@ -149,15 +150,23 @@ def test_a_layer_is_where_its_base_is() -> None:
 
 
 def test_only_linear_layers_are_wrapped() -> None:
-    with refuses(TypeError, "LoraLinear wraps an nn.Linear or an Nf4Linear, got a Embedding"):
+    with pytest.raises(TypeError, match=exactly("LoraLinear wraps an nn.Linear or an Nf4Linear, got a Embedding")):
         LoraLinear(nn.Embedding(3, 4), LoraSpec(2, 1.0))
 
 
-def test_a_spec_is_checked_however_it_was_made() -> None:
-    for name, value in (("rank", 0), ("rank", -1), ("alpha", math.inf), ("dropout", 1.5)):
-        spec = LoraSpec(2, 1.0)
-        object.__setattr__(spec, name, value)
-        base = nn.Linear(3, 4)
-        with pytest.raises((ValueError, RuntimeError)):
-            LoraLinear(base, spec)
-        assert base.weight.requires_grad
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("rank", 0, ValueError, "rank must be at least 1, got 0"),
+        ("rank", -1, RuntimeError, "negative dimension -1"),
+        ("alpha", math.inf, ValueError, "alpha must be finite, got inf"),
+        ("dropout", 1.5, ValueError, "dropout must be in .*, got 1.5"),
+    ],
+)
+def test_a_spec_is_checked_however_it_was_made(name: str, value: float, error: type[Exception], message: str) -> None:
+    spec, base = LoraSpec(2, 1.0), nn.Linear(3, 4)
+    object.__setattr__(spec, name, value)
+    with pytest.raises(error, match=message):
+        LoraLinear(base, spec)
+
+    assert base.weight.requires_grad

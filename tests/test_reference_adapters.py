@@ -8,17 +8,25 @@ from torch import Tensor
 
 from lora_bench import bounds, definition
 from lora_bench.bounds import Arithmetic
-from lora_bench.case import Case, cases
+from lora_bench.case import Case, Problem, cases
 from lora_bench.reference import LoraLinear
 from lora_bench.reference.several import activate, add, combine, delete
 from lora_bench.spec import Factors, LoraSpec
-from tests.reference_layers import NAMES, base_of, each_dtype, made_several, obeys, ones, refuses, stacked, within
+from tests.expected import exactly, within
+from tests.reference_layers import NAMES, base_of, each_dtype, made_several, obeys, ones, stacked
 
 several = cases(adapters=st.just(3))
 
 chosen = st.lists(st.sampled_from(NAMES), unique=True, max_size=3)
 
 factor = st.sampled_from([1.0, 0.5, -1.5, 3.0])
+
+
+def acting(case: Case, names: list[str]) -> tuple[LoraLinear, Problem, Tensor]:
+    """A layer of which these adapters act, its problem and its output."""
+    layer, problem = made_several(case)
+    activate(layer, names)
+    return layer, problem, layer(problem.x)
 
 
 @given(several)
@@ -57,9 +65,7 @@ def test_what_is_active_adds_up_and_trains(case: Case, names: list[str]) -> None
 
 @given(several, chosen, st.data())
 def test_a_part_is_merged_and_the_rest_goes_on(case: Case, names: list[str], data: st.DataObject) -> None:
-    layer, problem = made_several(case)
-    activate(layer, names)
-    y = layer(problem.x)
+    layer, problem, y = acting(case, names)
     part = data.draw(st.lists(st.sampled_from(names), unique=True)) if names else []
     rest = [name for name in names if name not in part]
     layer.merge(part)
@@ -83,9 +89,7 @@ def test_a_part_is_merged_and_the_rest_goes_on(case: Case, names: list[str], dat
 
 @given(several, chosen, factor)
 def test_a_scaled_adapter_adds_a_multiple(case: Case, names: list[str], times: float) -> None:
-    layer, problem = made_several(case)
-    activate(layer, names)
-    y = layer(problem.x)
+    layer, problem, y = acting(case, names)
     layer.scale(times)
     assert obeys(layer, problem, dict.fromkeys(names, times), {})
     add(layer, "late", *problem.adapters[0])
@@ -101,14 +105,12 @@ def test_a_scaled_adapter_adds_a_multiple(case: Case, names: list[str], times: f
 
 @given(several, chosen, factor)
 def test_merged_at_a_factor_it_is_a_multiple_until_it_is_unmerged(case: Case, names: list[str], times: float) -> None:
-    layer, problem = made_several(case)
-    activate(layer, names)
-    y = layer(problem.x)
+    layer, problem, y = acting(case, names)
     layer.merge(factor=times)
     assert obeys(layer, problem, {}, dict.fromkeys(names, times))
     assert obeys(layer.merge_and_unload(), problem, {}, dict.fromkeys(names, times))
     if names and times != 1:
-        with refuses(RuntimeError, "unmerge before merging at another scale"):
+        with pytest.raises(RuntimeError, match=exactly("unmerge before merging at another scale")):
             layer.merge()
         assert obeys(layer, problem, {}, dict.fromkeys(names, times))
     layer.unmerge()
@@ -153,7 +155,7 @@ def test_a_linear_combination_is_of_one_a() -> None:
     together = Factors(torch.cat([factors.a, factors.a]), torch.cat(shares, 1)), 1.0
     allowed = bounds.separate(x, w, bias, *together, Arithmetic.of(x.dtype))
     assert within(layer(x), definition.forward(x, w, bias, *together), allowed)
-    with refuses(NotImplementedError, "the adapters' A differ: combine them by cat or svd"):
+    with pytest.raises(NotImplementedError, match=exactly("the adapters' A differ: combine them by cat or svd")):
         combine(layer, "no", {"default": 1.0, "b": 1.0}, "linear")
 
 
@@ -208,11 +210,11 @@ def test_deployed_with_none_active_it_is_a_copy_of_the_base() -> None:
 def test_a_deleted_adapter_is_gone_and_its_name_is_free() -> None:
     layer, problem = made_several(Case(adapters=3))
     delete(layer, "b")
-    with refuses(ValueError, "no adapter is called 'b', there are default, c"):
+    with pytest.raises(ValueError, match=exactly("no adapter is called 'b', there are default, c")):
         activate(layer, ["b"])
     assert obeys(layer, problem, ones(["default"]), {})
     add(layer, "b", *problem.adapters[2])
     activate(layer, ["b"])
     assert obeys(layer, problem, ones(["c"]), {})
-    with refuses(NotImplementedError, "'default' is the layer's own adapter and stays with it"):
+    with pytest.raises(NotImplementedError, match=exactly("'default' is the layer's own adapter and stays with it")):
         delete(layer, "default")

@@ -6,37 +6,31 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 from lora_bench import dora
-from lora_bench.bounds import Arithmetic, worst
-from lora_bench.case import DTYPES, Case, Problem, cases
+from lora_bench.bounds import Arithmetic
+from lora_bench.case import Case, Problem, cases
 from lora_bench.reference.dora import DoraLinear
 from lora_bench.reference.four_bit import Nf4Linear
 from lora_bench.reference.several import activate, add, combine
 from lora_bench.spec import Factors, LoraSpec
+from tests.expected import within
+from tests.reference_layers import base_of, each_dtype
 
-each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 CASE = Case(tokens=4, d_in=6, d_out=5, rank=3, alpha=4.5, bias=True, dora=True)
 
 
 def fresh(case: Case, dropout: float = 0.0) -> tuple[DoraLinear, Problem, Factors]:
     problem = case.draw()
-    base = nn.Linear(case.d_in, case.d_out, bias=case.bias, dtype=case.torch_dtype)
-    base.load_state_dict({"weight": problem.weight} | ({} if problem.bias is None else {"bias": problem.bias}))
     spec = LoraSpec(case.rank, case.alpha, dropout, case.rslora, dora=True)
-    return DoraLinear(base, spec), problem, problem.adapters[0][1]
+    return DoraLinear(base_of(problem), spec), problem, problem.adapters[0][1]
 
 
 def loaded(case: Case, dropout: float = 0.0) -> tuple[DoraLinear, Problem, Factors]:
     layer, problem, factors = fresh(case, dropout)
     layer.load(factors)
     return layer, problem, factors
-
-
-def within(found: Tensor | None, wanted: Tensor, allowed: Tensor | float) -> bool:
-    assert found is not None
-    return worst(found, wanted, allowed).ratio <= 1
 
 
 @each_dtype
@@ -55,7 +49,9 @@ def test_output_gradients_and_merge_are_those_of_the_definition(dtype: str, data
     slopes = dora.gradients(x, grad, weight, factors, s)
     allowed = dora.gradient_bounds(x, grad, weight, factors, s, arithmetic, bias=bias)
     live = layer.lora_A, layer.lora_B, rows, layer.lora_magnitude_vector
-    assert all(within(leaf.grad, *pair) for leaf, *pair in zip(live, slopes, allowed, strict=True))
+    for leaf, slope, limit in zip(live, slopes, allowed, strict=True):
+        assert leaf.grad is not None
+        assert within(leaf.grad, slope, limit)
 
     unloaded = layer.merge_and_unload()
     layer.eval().merge()
@@ -164,9 +160,7 @@ def test_what_a_dora_cannot_do_is_refused() -> None:
 
 def test_a_four_bit_base_is_judged_by_its_dequantised_weight() -> None:
     problem = Case(tokens=4, d_in=64, d_out=5, rank=3, dtype="fp32", bias=True, dora=True).draw()
-    linear = nn.Linear(64, 5)
-    linear.load_state_dict({"weight": problem.weight, "bias": problem.bias})
-    base, factors, spec = Nf4Linear.from_linear(linear), problem.adapters[0][1], LoraSpec(3, 3.0, dora=True)
+    base, factors, spec = Nf4Linear.from_linear(base_of(problem)), problem.adapters[0][1], LoraSpec(3, 3.0, dora=True)
     layer = DoraLinear(base, spec)
     assert torch.equal(layer(problem.x), base(problem.x))
 

@@ -1,7 +1,6 @@
 """The reference layer after any sequence of its verbs, and after what it refuses."""
 
 import copy
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -14,6 +13,7 @@ from lora_bench.case import Case, Problem, cases
 from lora_bench.reference import LoraLinear
 from lora_bench.reference.several import activate, add, combine, delete
 from lora_bench.spec import Factors, LoraSpec
+from tests.expected import exactly
 from tests.reference_layers import NAMES, made_several, obeys, pickled
 
 chosen = st.lists(st.sampled_from(NAMES), unique=True, max_size=3)
@@ -112,137 +112,86 @@ def test_after_any_verbs_the_output_is_that_of_what_should_act(case: Case, steps
         assert obeys(layer, problem, state.weighing(dict.fromkeys(beside, state.scale)), state.weighing(state.merged))
 
 
-def wrong_factors(problem: Problem) -> Factors:
+def narrow(problem: Problem) -> Factors:
     factors = problem.adapters[0][1]
     return Factors(factors.a[:, 1:], factors.b)
 
 
-def overflowing(problem: Problem) -> Factors:
-    a, b = (
-        torch.full_like(factor, 1e6, dtype=torch.float32)
-        for factor in (problem.adapters[0][1].a, problem.adapters[0][1].b)
-    )
-    return Factors(a, b)
+def large(problem: Problem) -> Factors:
+    factors = problem.adapters[0][1]
+    return Factors(*(torch.full_like(own, 1e6, dtype=torch.float32) for own in (factors.a, factors.b)))
 
 
-LARGE = "torch.float16 cannot hold factor a: it has the value 1e+06"
-
+HOLDS = "torch.float16 cannot hold factor"
+INFINITE = "the factor must be finite, got inf"
 SHAPES = "factors must be a (2, 5) and b (4, 2) here, got a (2, 4) and b (4, 2)"
+UNKNOWN = "no adapter is called 'x', there are default, b, c"
 
-MERGED = "switching adapters: the merged weight holds those that act"
-
-REFUSED: dict[str, tuple[Callable[[LoraLinear, Problem], object], type[Exception], str]] = {
+# What is asked of a layer with the adapters default, which acts, b and c; each is refused.
+REFUSED: dict[str, tuple[Callable[[LoraLinear, Problem], object], str]] = {
     "a name that is taken": (
         lambda layer, problem: add(layer, "b", *problem.adapters[0]),
-        ValueError,
         "there is an adapter called 'b' already",
     ),
     "the own name": (
         lambda layer, problem: add(layer, "default", *problem.adapters[0]),
-        ValueError,
         "there is an adapter called 'default' already",
     ),
-    "other shapes": (
-        lambda layer, problem: add(layer, "new", problem.adapters[0][0], wrong_factors(problem)),
-        ValueError,
-        SHAPES,
-    ),
+    "other shapes": (lambda layer, problem: add(layer, "new", problem.adapters[0][0], narrow(problem)), SHAPES),
     "too large": (
-        lambda layer, problem: add(layer, "new", problem.adapters[0][0], overflowing(problem)),
-        ValueError,
-        LARGE,
+        lambda layer, problem: add(layer, "new", problem.adapters[0][0], large(problem)),
+        f"{HOLDS} a: it has the value 1e+06",
     ),
     "dora": (
         lambda layer, problem: add(layer, "new", LoraSpec(2, 1.0, dora=True), problem.adapters[0][1]),
-        NotImplementedError,
         "no DoRA as a further adapter",
     ),
     "one twice": (
-        lambda layer, problem: activate(layer, ["b", "b"]),
-        ValueError,
+        lambda layer, _: activate(layer, ["b", "b"]),
         "names must be a list of different adapters, got ['b', 'b']",
     ),
-    "a word": (
-        lambda layer, problem: activate(layer, "b"),
-        ValueError,
-        "names must be a list of different adapters, got 'b'",
-    ),
-    "one unknown": (
-        lambda layer, problem: activate(layer, ["c", "x"]),
-        ValueError,
-        "no adapter is called 'x', there are default, b, c",
-    ),
+    "a word": (lambda layer, _: activate(layer, "b"), "names must be a list of different adapters, got 'b'"),
+    "one unknown": (lambda layer, _: activate(layer, ["c", "x"]), UNKNOWN),
     "deleting what acts": (
-        lambda layer, problem: delete(layer, "default"),
-        ValueError,
+        lambda layer, _: delete(layer, "default"),
         "activate others before deleting 'default', which is active",
     ),
-    "deleting nothing": (
-        lambda layer, problem: delete(layer, "x"),
-        ValueError,
-        "no adapter is called 'x', there are default, b, c",
-    ),
+    "deleting nothing": (lambda layer, _: delete(layer, "x"), UNKNOWN),
     "merging what does not act": (
-        lambda layer, problem: layer.merge(["default", "b"]),
-        ValueError,
+        lambda layer, _: layer.merge(["default", "b"]),
         "only active adapters are merged (default), got 'b'",
     ),
-    "merging infinitely": (
-        lambda layer, problem: layer.merge(factor=float("inf")),
-        ValueError,
-        "the factor must be finite, got inf",
-    ),
-    "scaling by nothing": (
-        lambda layer, problem: layer.scale(float("nan")),
-        ValueError,
-        "the factor must be finite, got nan",
-    ),
+    "merging infinitely": (lambda layer, _: layer.merge(factor=float("inf")), INFINITE),
+    "scaling by nothing": (lambda layer, _: layer.scale(float("nan")), "the factor must be finite, got nan"),
     "combining nothing": (
-        lambda layer, problem: combine(layer, "new", {}, "cat"),
-        ValueError,
+        lambda layer, _: combine(layer, "new", {}, "cat"),
         "weights must name at least one adapter, got none",
     ),
-    "combining unknown": (
-        lambda layer, problem: combine(layer, "new", {"x": 1.0}, "cat"),
-        ValueError,
-        "no adapter is called 'x', there are default, b, c",
-    ),
+    "combining unknown": (lambda layer, _: combine(layer, "new", {"x": 1.0}, "cat"), UNKNOWN),
     "combining into another": (
-        lambda layer, problem: combine(layer, "c", {"b": 1.0}, "cat"),
-        ValueError,
+        lambda layer, _: combine(layer, "c", {"b": 1.0}, "cat"),
         "there is an adapter called 'c' already",
     ),
     "combining somehow": (
-        lambda layer, problem: combine(layer, "new", {"b": 1.0}, "ties"),
-        ValueError,
+        lambda layer, _: combine(layer, "new", {"b": 1.0}, "ties"),
         "how must be one of cat, svd, linear, got 'ties'",
     ),
-    "combining infinitely": (
-        lambda layer, problem: combine(layer, "new", {"b": float("inf")}, "cat"),
-        ValueError,
-        "the factor must be finite, got inf",
-    ),
+    "combining infinitely": (lambda layer, _: combine(layer, "new", {"b": float("inf")}, "cat"), INFINITE),
     "combining past the dtype": (
-        lambda layer, problem: combine(layer, "new", {"b": 1e6}, "cat"),
-        ValueError,
-        "torch.float16 cannot hold factor b: it has the value -?[0-9.e+]*",
+        lambda layer, _: combine(layer, "new", {"b": 1e6}, "cat"),
+        f"{HOLDS} b: it has the value 2.51953e+06",
     ),
 }
 
 
-@pytest.mark.parametrize("mistake", REFUSED)
-def test_what_is_refused_changes_nothing(mistake: str) -> None:
-    call, error, message = REFUSED[mistake]
+@pytest.mark.parametrize(("call", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_is_refused_changes_nothing(call: Callable[[LoraLinear, Problem], object], message: str) -> None:
     layer, problem = made_several(Case(adapters=3, dtype="fp16"))
     before = copy.deepcopy(layer)
-    with pytest.raises(error) as raised:
+    error = NotImplementedError if "DoRA" in message else ValueError
+    with pytest.raises(error, match=exactly(message)):
         call(layer, problem)
 
-    assert (
-        re.fullmatch(message, str(raised.value))
-        if mistake == "combining past the dtype"
-        else str(raised.value) == message
-    )
     assert torch.equal(layer(problem.x), before(problem.x))
     assert layer.state_dict().keys() == before.state_dict().keys()
     assert all(torch.equal(value, before.state_dict()[name]) for name, value in layer.state_dict().items())

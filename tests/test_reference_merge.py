@@ -1,5 +1,6 @@
 """The reference layer merged, unmerged, deployed and switched off."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +11,8 @@ from lora_bench.bounds import Arithmetic
 from lora_bench.case import Case, cases
 from lora_bench.reference import REFERENCE, LoraLinear, Nf4Linear
 from lora_bench.spec import Factors
-from tests.reference_layers import base_of, made, obey, refuses, within
+from tests.expected import exactly, within
+from tests.reference_layers import base_of, made, obey
 
 
 @given(cases())
@@ -96,7 +98,7 @@ def test_switched_off_it_is_its_base(case: Case) -> None:
         layer.enable(False)
         assert torch.equal(layer(problem.x), base)
         assert not layer.merged
-        with refuses(RuntimeError, "enable the adapter before merging it"):
+        with pytest.raises(RuntimeError, match=exactly("enable the adapter before merging it")):
             layer.merge()
         layer.enable(True)
         assert torch.equal(layer(problem.x), with_adapter)
@@ -105,12 +107,16 @@ def test_switched_off_it_is_its_base(case: Case) -> None:
 def test_what_would_go_wrong_in_silence_is_refused() -> None:
     layer, problem, factors = made(Case(rank=3))
     short = Factors(factors.a[:2], factors.b[:, :2])
-    with refuses(ValueError, "factors must be a (3, 5) and b (4, 3) here, got a (2, 5) and b (4, 2)"):
+    with pytest.raises(
+        ValueError, match=exactly("factors must be a (3, 5) and b (4, 3) here, got a (2, 5) and b (4, 2)")
+    ):
         layer.load(short)
     layer.merge()
-    with refuses(RuntimeError, "unmerge before loading other factors: the merged weight holds the old ones"):
+    with pytest.raises(
+        RuntimeError, match=exactly("unmerge before loading other factors: the merged weight holds the old ones")
+    ):
         layer.load(factors)
-    with refuses(RuntimeError, "unmerge before training: a merged adapter gets no gradient"):
+    with pytest.raises(RuntimeError, match=exactly("unmerge before training: a merged adapter gets no gradient")):
         layer.train()
     assert layer.eval() is layer
     layer.unmerge()
@@ -124,7 +130,7 @@ def test_what_is_switched_off_is_not_deployed() -> None:
     layer, *_ = made(Case())
     layer.enable(False)
 
-    with refuses(RuntimeError, "enable the adapter before merging it"):
+    with pytest.raises(RuntimeError, match=exactly("enable the adapter before merging it")):
         layer.merge_and_unload()
 
 
@@ -140,7 +146,9 @@ def test_over_a_4_bit_base_it_is_lora_on_what_that_holds(case: Case) -> None:
 
     assert w.dtype == layer.lora_A.dtype == problem.x.dtype
     assert [name for name, parameter in layer.named_parameters() if parameter.requires_grad] == ["lora_A", "lora_B"]
-    with refuses(NotImplementedError, "a 4-bit base cannot hold W + s B A; merge_and_unload gives a dense layer"):
+    with pytest.raises(
+        NotImplementedError, match=exactly("a 4-bit base cannot hold W + s B A; merge_and_unload gives a dense layer")
+    ):
         layer.merge()
     deployed, given_ = layer.merge_and_unload(), (problem.x, w, problem.bias, factors, case.spec.scaling)
     assert type(deployed) is nn.Linear

@@ -1,7 +1,6 @@
 """The words: specs and factors, and how they refuse what no adapter can be."""
 
 import math
-import re
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_bench.spec import Factors, LoraSpec
+from tests.expected import exactly
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_a_spec_needs_a_rank_and_an_alpha_and_no_more() -> None:
     ],
 )
 def test_a_spec_that_cannot_be_is_refused(values: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+    with pytest.raises(error, match=exactly(message)):
         LoraSpec(**({"rank": 2, "alpha": 1.0} | values))
 
 
@@ -106,7 +106,7 @@ def test_factors_know_their_sizes() -> None:
 def test_factors_that_do_not_belong_together_are_refused(
     a: torch.Tensor, b: torch.Tensor, error: type[Exception], message: str
 ) -> None:
-    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+    with pytest.raises(error, match=exactly(message)):
         Factors(a, b)
 
 
@@ -115,7 +115,7 @@ def test_factors_of_another_layer_do_not_fit(wanted: tuple[int, int, int]) -> No
     rank, d_in, d_out = wanted
     message = f"factors must be a ({rank}, {d_in}) and b ({d_out}, {rank}) here, got a (2, 5) and b (7, 2)"
 
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ValueError, match=exactly(message)):
         Factors(torch.zeros(2, 5), torch.zeros(7, 2)).fit(*wanted)
 
 

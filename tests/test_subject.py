@@ -9,6 +9,7 @@ import pytest
 from lora_bench.reference import REFERENCE
 from lora_bench.spec import LoraSpec
 from lora_bench.subject import CONTRACT, KNOWN, VERBS, Known, Subject
+from tests.expected import exactly
 
 OPTIONAL = tuple(verb for verb in VERBS if verb not in ("wrap", "load", "supports"))
 
@@ -50,12 +51,12 @@ def test_verbs_are_all_the_functions() -> None:
 
 def test_a_verb_that_cannot_be_called_with_its_arguments_is_refused() -> None:
     message = "acme: merge is called as (layer), and takes (): too many positional arguments"
-    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(TypeError, match=exactly(message)):
         Subject("acme", nothing, nothing, merge=lambda: None)  # type: ignore[misc, arg-type]
     message = (
         "acme: wrap is called as (base, spec), and takes (base, spec, device): missing a required argument: 'device'"
     )
-    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(TypeError, match=exactly(message)):
         Subject("acme", lambda base, spec, device: None, nothing)  # type: ignore[misc, arg-type]
 
 

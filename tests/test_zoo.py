@@ -29,6 +29,7 @@ def test_there_are_many_bugs_and_no_two_of_one_name() -> None:
 def test_every_check_is_named_by_a_specimen_and_every_specimen_names_checks() -> None:
     claims = {check.id.partition("@")[0] for check in CHECKS}
 
+    assert all(specimen.kills for specimen in SPECIMENS)
     assert {claim for specimen in SPECIMENS for claim in specimen.kills} == claims
 
 

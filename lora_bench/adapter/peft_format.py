@@ -72,8 +72,7 @@ class Adapted:
             raise ValueError(f"a kernel {self.kernel} does not divide factor a of {factors.d_in} columns")
         if self.groups < 1 or spec.rank % self.groups or factors.d_out % self.groups:
             raise ValueError(f"{self.groups} groups do not divide rank {spec.rank} and {factors.d_out} outputs")
-        if self.groups > 1 and not torch.equal(factors.b, torch.block_diag(*_blocks(factors.b, self.groups))):
-            raise ValueError(f"factor b must be zero outside its {self.groups} groups")
+        factors.blocks(self.groups)  # which refuses a b that is not made of them
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors as they lie on disk, by the end of their key."""
@@ -81,7 +80,7 @@ class Adapted:
         if self.embedding:
             parts = {"lora_embedding_A": factors.a, "lora_embedding_B": factors.b}
         else:
-            b = torch.cat(_blocks(factors.b, self.groups))
+            b = torch.cat(factors.blocks(self.groups))
             parts = {
                 "lora_A.weight": factors.a.unflatten(1, (-1, *self.kernel)),
                 "lora_B.weight": b.view(*b.shape, *ones),
@@ -286,8 +285,3 @@ def _names(value: list[str] | str | None) -> tuple[str, ...] | str | None:
 def _whole(alpha: float) -> float:
     """An integer where it is one, as PEFT writes it."""
     return int(alpha) if alpha == int(alpha) else alpha
-
-
-def _blocks(b: Tensor, groups: int) -> list[Tensor]:
-    """The (d_out / groups, r / groups) blocks on the diagonal of b (d_out, r)."""
-    return [rows.chunk(groups, 1)[group] for group, rows in enumerate(b.chunk(groups))]

@@ -27,7 +27,9 @@ def writable(folder: str) -> Path:
         (path / ".writable").touch()
         (path / ".writable").unlink()
     except OSError as error:
-        raise ValueError(f"--lora-output {folder}: {error.strerror}") from None
+        raise ValueError(
+            f"--lora-output: wanted a folder that can be written, got {folder}: {error.strerror}"
+        ) from None
     return path
 
 

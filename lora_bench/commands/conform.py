@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from lora_bench.case import DTYPES, FLAGS, KINDS, LETTERS, MODES
 from lora_bench.commands.arguments import FAILED, FINE, INCONCLUSIVE, at_least, output_option, writable
 
 if TYPE_CHECKING:
@@ -48,8 +49,14 @@ def declare(verbs: Verbs) -> None:
     )
     verb.add_argument("subject", metavar="SUBJECT", help="as for conform --lora-subject")
     verb.add_argument("check", metavar="CHECK", help="the id of a check, such as merge.equals_separate")
+    verb.epilog = f"A case is made of {_parts()}."
     verb.add_argument("case", metavar="CASE", help="the case in quotes, such as 't1 i2 o2 r1 a1 fp64 s0'")
     verb.set_defaults(run=replay)
+
+
+def _parts() -> str:
+    numbers = [f"{letter}N" if letter == name else f"{letter}N ({name})" for name, letter in LETTERS.items()]
+    return ", ".join([*numbers, *DTYPES, *FLAGS, *KINDS, *MODES, "ops=VERB,VERB"])
 
 
 def conform(options: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,10 @@ from hypothesis import strategies as st
 
 from lora_bench import bounds, definition
 from lora_bench.conformance.check import WIDE, check
-from lora_bench.conformance.outcome import Fails, Raised
+from lora_bench.conformance.merge import strayed
+from lora_bench.conformance.misuse import refused
+from lora_bench.conformance.outcome import Raised
+from lora_bench.conformance.training import trained
 from lora_bench.conformance.trial import Terms
 from lora_bench.spec import Factors, LoraSpec
 
@@ -27,6 +31,8 @@ NEEDS = ("add", "activate")
 DEFINED = "forward.matches_definition"
 SWITCHED = "adapters.switching_switches"
 SEVERAL = {"adapters": st.integers(2, 3)}
+claim = partial(check, needs=NEEDS, after=SWITCHED, draws=SEVERAL)
+combining = partial(claim, needs=(*NEEDS, "combine"))
 
 Adapter = tuple[LoraSpec, Factors]
 
@@ -45,47 +51,38 @@ def switching_switches(trial: Trial) -> None:
         judge(trial, trial.call(layer, trial.x), [adapters[name]])
 
 
-@check("What several active adapters add to the output adds up.", needs=NEEDS, after=SWITCHED, draws=SEVERAL)
+@claim("What several active adapters add to the output adds up.")
 def active_ones_add_up(trial: Trial) -> None:
     layer, adapters = several(trial)
     trial.ask("activate", layer, list(adapters))
     judge(trial, trial.call(layer, trial.x), adapters.values())
 
 
-@check("What is active trains, and nothing else.", needs=NEEDS, after=SWITCHED, draws=SEVERAL)
+@claim("What is active trains, and nothing else.")
 def active_ones_train(trial: Trial) -> None:
     layer, adapters = several(trial)
     for names in ([name for name in adapters if name != OWN], [OWN]):
         trial.ask("activate", layer, names)
-        found = sum(parameter.numel() for parameter in trial.trainable(layer).values())
+        found = trained(trial, layer)
         wanted = sum(adapters[name][0].parameters(trial.case.d_in, trial.case.d_out) for name in names)
         trial.require(found == wanted, f"with {', '.join(names)} active {found} numbers train, wanted {wanted}")
 
 
-@check(
-    "Deleting an adapter leaves the others, and it cannot be activated again.",
-    needs=(*NEEDS, "delete"),
-    after=SWITCHED,
-    draws=SEVERAL,
-)
+@claim("Deleting an adapter leaves the others, and it cannot be activated again.", needs=(*NEEDS, "delete"))
 def deleted_ones_are_gone(trial: Trial) -> None:
     layer, adapters = several(trial)
     gone = list(adapters)[-1]
     trial.ask("delete", layer, gone)
     trial.defined(trial.call(layer, trial.x), trial.separate_bound)
-    try:
+    with refused(f"{gone!r} was activated after it had been deleted"):
         trial.ask("activate", layer, [gone])
-    except Raised:
-        trial.defined(trial.call(layer, trial.x), trial.separate_bound)
-    else:
-        raise Fails(f"{gone!r} was activated after it had been deleted")
+    trial.defined(trial.call(layer, trial.x), trial.separate_bound)
 
 
-@check(
+@claim(
     "Merging some of the active adapters leaves the output, and unmerging restores it.",
     needs=(*NEEDS, "merge_adapters", "unmerge"),
     after="adapters.active_ones_add_up",
-    draws=SEVERAL,
 )
 def partial_merge_keeps_the_others(trial: Trial) -> None:
     for name in (OWN, "other0"):
@@ -96,41 +93,28 @@ def partial_merge_keeps_the_others(trial: Trial) -> None:
         terms = (rest.weight, *parts([adapters[name]]))
         weight, slack = definition.merged_weight(*terms), bounds.merged_weight(*terms, trial.arithmetic)
         together = stacked(trial, adapters.values())
-        wanted, sums = definition.forward(*together), len(adapters)
+        wanted, bound = definition.forward(*together), partial(bounds.separate, sums=len(adapters))
         y = trial.call(layer if merged is None else merged, trial.x)
-        asked = trial.asked._replace(adapters=list(adapters.values()), acting=(1.0,) * sums)
-        trial.near("y", y, wanted, strayed(trial, rest, weight, slack, sums), of=asked)
+        asked = trial.asked._replace(adapters=list(adapters.values()), acting=(1.0,) * len(adapters))
+        trial.near("y", y, wanted, strayed(trial, rest._replace(weight=weight), slack, bound), of=asked)
         trial.ask("unmerge", layer)
         slack = bounds.unmerged_weight(*terms, trial.arithmetic)
-        allowed = strayed(trial, together, together.weight.double(), slack, sums)
-        trial.near("y", trial.call(layer, trial.x), wanted, allowed, of=asked)
+        trial.near("y", trial.call(layer, trial.x), wanted, strayed(trial, together, slack, bound), of=asked)
 
 
-@check(
-    "Adapters combined by concatenation add the weighted sum of what they add alone.",
-    needs=(*NEEDS, "combine"),
-    after=SWITCHED,
-    draws=SEVERAL,
-)
+@combining("Adapters combined by concatenation add the weighted sum of what they add alone.")
 def cat_is_the_weighted_sum(trial: Trial) -> None:
     judge_combined(trial, "cat")
 
 
-@check(
-    "A linear combination of one adapter adds as many times what it adds alone as it weighs.",
-    needs=(*NEEDS, "combine"),
-    after=SWITCHED,
-    draws=SEVERAL,
-)
+@combining("A linear combination of one adapter adds as many times what it adds alone as it weighs.")
 def linear_of_one_is_weighted(trial: Trial) -> None:
     # Of several with one rank between them it is no sum: B and A of different adapters meet in (ΣB)(ΣA).
     judge_combined(trial, "linear")
 
 
-@check(
+@combining(
     "Adapters combined by a decomposition of enough rank add the weighted sum of what they add alone.",
-    needs=(*NEEDS, "combine"),
-    after=SWITCHED,
     draws=SEVERAL | {"dtype": WIDE},
 )
 def svd_is_the_weighted_sum(trial: Trial) -> None:
@@ -140,24 +124,17 @@ def svd_is_the_weighted_sum(trial: Trial) -> None:
 @check("To activate an adapter that is not there is refused, and changes nothing.", needs=NEEDS, after=DEFINED)
 def unknown_name_is_refused(trial: Trial) -> None:
     layer = trial.layer()
-    try:
+    with refused("'nobody' was activated, and there is no such adapter"):
         trial.ask("activate", layer, ["nobody"])
-    except Raised:
-        trial.defined(trial.call(layer, trial.x), trial.separate_bound)
-    else:
-        raise Fails("'nobody' was activated, and there is no such adapter")
+    trial.defined(trial.call(layer, trial.x), trial.separate_bound)
 
 
 @check("To add an adapter whose factors do not fit is refused, and changes nothing.", needs=NEEDS, after=DEFINED)
 def wrong_shapes_are_refused(trial: Trial) -> None:
     layer, factors = trial.layer(), trial.factors
     wide = Factors(torch.cat([factors.a, factors.a], 1), factors.b)
-    try:
+    with refused(f"factors of a layer with d_in {wide.d_in} were added to one with {trial.case.d_in}"):
         trial.ask("add", layer, "wide", trial.spec, wide)
-    except Raised:
-        pass
-    else:
-        raise Fails(f"factors of a layer with d_in {wide.d_in} were added to one with {trial.case.d_in}")
     trial.defined(trial.call(layer, trial.x), trial.separate_bound)
     with suppress(Raised):  # what was refused has left nothing behind under its name
         trial.ask("activate", layer, ["wide"])
@@ -202,12 +179,6 @@ def judge(trial: Trial, y: Tensor, adapters: Iterable[Adapter]) -> None:
     trial.near("y", y, definition.forward(*terms), allowed, of=asked)
     for spec, factors in adapters:
         trial.visible(definition.delta(terms.x, factors, spec.scaling), allowed)
-
-
-def strayed(trial: Trial, terms: Terms, weight: Tensor, slack: Tensor, sums: int) -> Tensor:
-    """How far an output may stray that is computed with any weight within `slack` of `weight`."""
-    furthest = terms._replace(weight=weight.abs() + slack)
-    return bounds.separate(*furthest, trial.arithmetic, sums=sums) + terms.x.double().abs() @ slack.T
 
 
 def judge_combined(trial: Trial, how: str) -> None:

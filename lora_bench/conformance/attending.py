@@ -150,9 +150,6 @@ class Attention:
         """Fail unless the base is as it was, but for the rounding of so many merges and unmerges."""
         parts = zip(("in_proj", "out_proj"), self.weights_of(layer), self.adapted[:2], strict=True)
         for name, found, (weight, _, factors, scaling) in parts:
-            slack = torch.zeros_like(weight, dtype=torch.float64)
-            for _ in range(cycles):
-                furthest = weight.double().abs() + slack
-                slack = slack + bounds.unmerged_weight(furthest, factors, scaling, self.trial.arithmetic)
+            slack = bounds.unmerged_weight(weight, factors, scaling, self.trial.arithmetic, cycles=cycles)
             self.trial.near(f"the base's weight of {name}", found, weight.double(), slack)
             self.trial.visible(scaling * (factors.b.double() @ factors.a.double()), slack)

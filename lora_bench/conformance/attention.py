@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from hypothesis import strategies as st
-from safetensors.torch import load, save
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,7 +22,8 @@ from lora_bench.attention import Inputs, bound, forward, gradient_bounds, gradie
 from lora_bench.conformance.attending import Attention
 from lora_bench.conformance.check import WIDE, check
 from lora_bench.conformance.outcome import NotOffered, Raised, blaming
-from lora_bench.conformance.state import state_of
+from lora_bench.conformance.state import saved
+from lora_bench.conformance.training import judge_trained
 from lora_bench.spec import Factors
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def matches_definition(trial: Trial) -> None:
     attention.defined(layer, "masked")
 
 
-@claim("So is that of a query to other keys and values.", after=DEFINED)
+@claim("The output for a query and other keys and values is the definition's.", after=DEFINED)
 def matches_definition_across(trial: Trial) -> None:
     attention = Attention(trial)
     attention.defined(attention.layer(), "cross")
@@ -58,12 +58,10 @@ def is_identity_when_fresh(trial: Trial) -> None:
 
 @claim("Both A and both B require a gradient, and nothing else does.")
 def only_factors_train(trial: Trial) -> None:
-    trainable = trial.trainable(Attention(trial).wrap())
-    found = sorted(parameter.numel() for parameter in trainable.values())
-    rank, d = trial.case.rank, trial.case.d_in
-    wanted = sorted([rank * d, 3 * d * rank, rank * d, d * rank])
-    listed = ", ".join(f"{name} {tuple(parameter.shape)}" for name, parameter in trainable.items()) or "nothing"
-    trial.require(found == wanted, f"what trains is {listed}; wanted A and B, of {wanted} numbers")
+    attention = Attention(trial)
+    halves = zip(("in_proj", "out_proj"), attention.factors, strict=True)
+    sizes = {f"{part} of {name}": getattr(own, part).numel() for name, own in halves for part in ("a", "b")}
+    judge_trained(trial, attention.wrap(), sizes)
 
 
 @claim(
@@ -140,10 +138,8 @@ def unloaded_trains_nothing(trial: Trial) -> None:
 )
 def survives_saving(trial: Trial) -> None:
     attention = Attention(trial)
-    state = state_of(trial, attention.layer())
-    kept = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
-    fresh = attention.wrap()
-    trial.ask("load_state", fresh, load(save(kept)))
+    kept, fresh = saved(trial, attention.layer()), attention.wrap()
+    trial.ask("load_state", fresh, kept)
     attention.defined(fresh)
 
 
@@ -182,7 +178,11 @@ def base_is_untouched_by_a_step(trial: Trial) -> None:
     attention.judge_base(layer, cycles=steps)
 
 
-@claim("So do steps with gradient checkpointing.", needs=("weight",), after="attention.base_is_untouched_by_a_step")
+@claim(
+    "Steps with gradient checkpointing leave the base as it was.",
+    needs=("weight",),
+    after="attention.base_is_untouched_by_a_step",
+)
 def base_is_untouched_by_checkpointing(trial: Trial) -> None:
     attention = Attention(trial)
     layer, steps = attention.layer(), 3
@@ -214,7 +214,7 @@ def acts_in_an_encoder(trial: Trial) -> None:
             y = encoder.eval()(x.clone())
     except Raised as refused:
         if isinstance(refused.__cause__, AttributeError):  # torch reads what an nn.MultiheadAttention has
-            raise NotOffered(refused.because) from None
+            raise NotOffered(f"not inside an nn.TransformerEncoderLayer: {refused.__cause__}") from None
         raise
     given = Inputs(*[same.expand_as(x).clone()] * 3)
     exact, allowed = forward(given, attention.adapted).output, bound(given, attention.adapted, trial.arithmetic).output

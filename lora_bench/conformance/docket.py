@@ -55,9 +55,15 @@ class Docket:
         if check.id not in self._reached:
             verdict = self._blocked(check) or self._told_once(self._judged(check))
             if verdict.failed and verdict.case is not None and self.output is not None:
-                verdict = replace(verdict, saved=keep(verdict, self.output))
+                verdict = replace(verdict, saved=self._kept(verdict, self.output))
             self._reached[check.id] = verdict
         return self._reached[check.id]
+
+    def _kept(self, verdict: Verdict, output: Path) -> str:
+        try:
+            return keep(verdict, output)
+        except OSError as error:  # which is no reason to lose the verdict
+            return f"not: {error}"
 
     def verdicts(self) -> Iterator[Verdict]:
         """Every verdict in order, the kinds of base layer judged side by side on the cores that there are."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from lora_bench import definition, dora
 from lora_bench.conformance.check import WIDE, check
-from lora_bench.conformance.training import sizes
+from lora_bench.conformance.training import judge_trained, sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 DRAWS = {"dora": st.just(True)}
 DEFINED = "dora.matches_definition"
 MERGED = "dora.merged_equals_definition"
+claim = partial(check, after=DEFINED, draws=DRAWS)
 
 
 @check("A fresh layer's output is that of its base.", draws=DRAWS)
@@ -26,7 +29,7 @@ def is_identity(trial: Trial) -> None:
     x, weight, bias, factors, scaling = trial.terms
     fresh = factors.map(torch.zeros_like)
     norms = dora.norms(weight, fresh, scaling)
-    terms = (x, weight, bias, type(fresh)(fresh.a, fresh.b, magnitude=norms), scaling)
+    terms = (x, weight, bias, replace(fresh, magnitude=norms), scaling)
     # The magnitude was computed and stored, as every norm is.
     own = dora.norm_bound(weight, fresh, scaling, trial.arithmetic) / norms * (x.double() @ weight.double().T).abs()
     y = trial.call(trial.wrap(), trial.x)
@@ -40,16 +43,12 @@ def matches_definition(trial: Trial) -> None:
 
 @check("A, B and the magnitude require a gradient, and nothing else does.", draws=DRAWS)
 def trains(trial: Trial) -> None:
-    found = sorted(parameter.numel() for parameter in trial.trainable(trial.wrap()).values())
-    wanted = sorted((*sizes(trial), trial.case.d_out))
-    trial.require(found == wanted, f"what trains has {found} numbers, wanted {wanted}")
+    judge_trained(trial, trial.wrap(), sizes(trial) | {"the magnitude": trial.case.d_out})
 
 
-@check(
+@claim(
     "The gradients of A, B, x and the magnitude are those of the formulas, the norm being a constant (section 4.3).",
     needs=("factors",),
-    after=DEFINED,
-    draws=DRAWS,
 )
 def gradients_match_formulas(trial: Trial) -> None:
     layer, x = trial.layer(), trial.x.requires_grad_()
@@ -67,18 +66,13 @@ def gradients_match_formulas(trial: Trial) -> None:
     trial.visible(wanted.magnitude, allowed.magnitude)
 
 
-@check("Merged, the output is the definition's.", needs=("merge",), after=DEFINED, draws=DRAWS)
+@claim("Merged, the output is the definition's.", needs=("merge",))
 def merged_equals_definition(trial: Trial) -> None:
     merged = trial.merge(trial.layer())
     judge(trial, trial.call(merged, trial.x), dora.merged_bound(*trial.terms, trial.arithmetic))
 
 
-@check(
-    "Merging makes the base's weight m (W + s B A) / |W + s B A|.",
-    needs=("merge", "weight"),
-    after=MERGED,
-    draws=DRAWS,
-)
+@claim("Merging makes the base's weight m (W + s B A) / |W + s B A|.", needs=("merge", "weight"), after=MERGED)
 def weight_becomes_the_definition(trial: Trial) -> None:
     merged = trial.merge(trial.layer())
     _, weight, _, factors, scaling = trial.terms
@@ -88,7 +82,7 @@ def weight_becomes_the_definition(trial: Trial) -> None:
     trial.visible(wanted - weight.double(), allowed)
 
 
-@check(
+@claim(
     "Unmerging restores the base's weight.",
     needs=("merge", "unmerge", "weight"),
     after=MERGED,
@@ -103,7 +97,7 @@ def unmerge_restores(trial: Trial) -> None:
     trial.near("the weight", trial.weight_of(layer), weight.double(), slack)
 
 
-@check("What is deployed computes the definition.", needs=("merge_and_unload",), after=DEFINED, draws=DRAWS)
+@claim("What is deployed computes the definition.", needs=("merge_and_unload",))
 def unloaded_equals_definition(trial: Trial) -> None:
     unloaded = trial.ask("merge_and_unload", trial.layer())
     judge(trial, trial.call(unloaded, trial.x), dora.merged_bound(*trial.terms, trial.arithmetic))

@@ -130,7 +130,7 @@ def dropout_only_in_training(trial: Trial) -> None:
     in_training = [trial.call(layer, trial.x) for _ in range(4)]
     trial.train(layer, False)
     # Evaluation mode may merge, as loralib's does.
-    allowed = torch.maximum(trial.separate_bound, trial.merged_bound)
+    allowed = bounds.either(*trial.terms, trial.arithmetic)
     trial.defined(trial.call(layer, trial.x), allowed)
     wanted = definition.forward(*trial.terms)
     differs = any(bool(((y.double() - wanted).abs() > allowed).any()) for y in in_training)

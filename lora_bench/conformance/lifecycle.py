@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from lora_bench import bounds, definition
 from lora_bench.case import OPS
+from lora_bench.conformance.adapters import OWN
 from lora_bench.conformance.check import check
+from lora_bench.conformance.merge import strayed
 from lora_bench.conformance.outcome import Raised, blaming
 from lora_bench.conformance.state import reloaded
 from lora_bench.spec import Factors
@@ -104,9 +106,7 @@ def judge(trial: Trial, model: Model) -> None:
         return
     spec, factors = model.acting
     terms = trial.terms_of(factors, spec.scaling if model.enabled else 0.0)
-    furthest = terms._replace(weight=terms.weight.double().abs() + model.slack)
-    separate, merged = (bound(*furthest, trial.arithmetic) for bound in (bounds.separate, bounds.merged))
-    allowed = torch.maximum(separate, merged) + terms.x.double().abs() @ model.slack.T
+    allowed = strayed(trial, terms, model.slack, bounds.either)
     y = trial.call(model.layer, trial.x)
     trial.near(f"y after {', '.join(model.done)}: y", y, definition.forward(*terms), allowed)
 
@@ -163,8 +163,8 @@ def _reload(trial: Trial, model: Model) -> None:
     layer = reloaded(trial, model.layer)
     if trial.subject.offers("add", "activate"):
         trial.ask("add", layer, "other", *model.other)
-    fresh = Model(layer, model.own, model.other, torch.zeros_like(model.slack))
-    model.layer, model.slack, model.enabled, model.merged, model.stale = fresh.layer, fresh.slack, True, False, False
+    model.layer, model.slack = layer, torch.zeros_like(model.slack)
+    model.enabled, model.merged, model.stale = True, False, False
 
 
 def _switch(trial: Trial, model: Model) -> None:
@@ -173,7 +173,7 @@ def _switch(trial: Trial, model: Model) -> None:
 
 
 def _back(trial: Trial, model: Model) -> None:
-    trial.ask("activate", model.layer, ["default"])
+    trial.ask("activate", model.layer, [OWN])
     model.active, model.merged, model.stale = "own", False, False
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,19 +15,18 @@ from lora_bench.conformance.outcome import Raised
 from lora_bench.spec import Factors
 
 if TYPE_CHECKING:
-    from lora_bench.conformance.trial import Trial
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from lora_bench.conformance.trial import Terms, Trial
 
 UNGROUPED = {"groups": st.just(1)}
 """With groups B A is no kernel that a convolution could have."""
+claim = partial(check, needs=("merge",), after="merge.equals_definition", bases=DENSE, draws=UNGROUPED)
 
 
-@check(
-    "The merged output has the dtype of the base, and so has the merged weight.",
-    needs=("merge",),
-    after="merge.equals_definition",
-    bases=DENSE,
-    draws=UNGROUPED,
-)
+@claim("The merged output has the dtype of the base, and so has the merged weight.")
 def keeps_dtype(trial: Trial) -> None:
     merged = trial.merge(trial.layer())
     y = trial.call(merged, trial.x)
@@ -37,13 +37,7 @@ def keeps_dtype(trial: Trial) -> None:
         trial.require(dtype == wanted, f"the weight is {dtype}, wanted {wanted}")
 
 
-@check(
-    "The merged layer has the base's bias, once.",
-    needs=("merge",),
-    after="merge.equals_definition",
-    bases=BIASED,
-    draws=UNGROUPED | {"bias": st.just(True)},
-)
+@claim("The merged layer has the base's bias, once.", bases=BIASED, draws=UNGROUPED | {"bias": st.just(True)})
 def keeps_bias(trial: Trial) -> None:
     merged = trial.merge(trial.layer())
     terms = trial.terms._replace(x=torch.zeros_like(trial.terms.x))
@@ -51,25 +45,13 @@ def keeps_bias(trial: Trial) -> None:
     trial.near("y of zeros", y, definition.forward(*terms), bounds.merged(*terms, trial.arithmetic))
 
 
-@check(
-    "The merged output is (W + s B A) x + b.",
-    needs=("merge",),
-    after="forward.matches_definition",
-    bases=DENSE,
-    draws=UNGROUPED,
-)
+@claim("The merged output is (W + s B A) x + b.", after="forward.matches_definition")
 def equals_definition(trial: Trial) -> None:
     merged = trial.merge(trial.layer())
     trial.defined(trial.call(merged, trial.x), trial.merged_bound)
 
 
-@check(
-    "Merging changes the output by rounding alone.",
-    needs=("merge",),
-    after="merge.equals_definition",
-    bases=DENSE,
-    draws=UNGROUPED,
-)
+@claim("Merging changes the output by rounding alone.")
 def equals_separate(trial: Trial) -> None:
     layer = trial.layer()
     separate = trial.rows_of(trial.call(layer, trial.x)).detach().clone()
@@ -79,13 +61,7 @@ def equals_separate(trial: Trial) -> None:
     trial.visible(trial.effect, allowed)
 
 
-@check(
-    "Merging makes the base's weight W + s B A.",
-    needs=("merge", "weight"),
-    after="merge.equals_definition",
-    bases=DENSE,
-    draws=UNGROUPED,
-)
+@claim("Merging makes the base's weight W + s B A.", needs=("merge", "weight"))
 def weight_becomes_w_plus_sba(trial: Trial) -> None:
     merged = trial.merge(trial.layer())
     _, weight, _, factors, scaling = trial.terms
@@ -95,13 +71,7 @@ def weight_becomes_w_plus_sba(trial: Trial) -> None:
     trial.visible(wanted - weight.double(), allowed)
 
 
-@check(
-    "Merging twice is merging once, or it is refused.",
-    needs=("merge",),
-    after="merge.equals_definition",
-    bases=DENSE,
-    draws=UNGROUPED,
-)
+@claim("Merging twice is merging once, or it is refused.")
 def twice_is_once(trial: Trial) -> None:
     layer = trial.layer()
     merged = trial.merge(layer)
@@ -110,27 +80,18 @@ def twice_is_once(trial: Trial) -> None:
     trial.defined(trial.call(merged, trial.x), trial.merged_bound)
 
 
-@check(
-    "Unmerging restores the base's weight and the output.",
-    needs=("merge", "unmerge"),
-    after="merge.equals_definition",
-    bases=DENSE,
-    draws=UNGROUPED,
-)
+@claim("Unmerging restores the base's weight and the output.", needs=("merge", "unmerge"))
 def unmerge_restores(trial: Trial) -> None:
     layer = trial.layer()
     trial.merge(layer)
     trial.ask("unmerge", layer)
-    x, weight, _, factors, scaling = trial.terms
+    _, weight, _, factors, scaling = trial.terms
     slack = bounds.unmerged_weight(weight, factors, scaling, trial.arithmetic)
     if trial.subject.offers("weight"):
         trial.near(
             "the weight", trial.weight_of(layer), weight.double(), slack, of=trial.asked._replace(x=None, acting=())
         )
-    # Computed from any weight within the slack of W, the output strays by its own rounding and by the slack.
-    furthest = trial.terms._replace(weight=weight.double().abs() + slack)
-    own = bounds.separate(*furthest, trial.arithmetic)
-    trial.defined(trial.call(layer, trial.x), own + x.double().abs() @ slack.T)
+    trial.defined(trial.call(layer, trial.x), strayed(trial, trial.terms, slack))
 
 
 @check(
@@ -144,9 +105,7 @@ def cycles_do_not_drift(trial: Trial) -> None:
         trial.merge(layer)
         trial.ask("unmerge", layer)
     _, weight, _, factors, scaling = trial.terms
-    slack = torch.zeros_like(weight, dtype=torch.float64)
-    for _ in range(cycles):
-        slack = slack + bounds.unmerged_weight(weight.double().abs() + slack, factors, scaling, trial.arithmetic)
+    slack = bounds.unmerged_weight(weight, factors, scaling, trial.arithmetic, cycles=cycles)
     trial.near("the weight", trial.weight_of(layer), weight.double(), slack)
 
 
@@ -176,12 +135,11 @@ def after_loading_others(trial: Trial) -> None:
     trial.ask("unmerge", layer)
     trial.ask("load", layer, trial.factors)
     merged = trial.call(trial.merge(layer), trial.x)
-    x, weight, _, factors, scaling = trial.terms
+    _, weight, _, factors, scaling = trial.terms
     slack = bounds.unmerged_weight(
         weight, Factors(3 * factors.a.double(), factors.b.double()), scaling, trial.arithmetic
     )
-    furthest = trial.terms._replace(weight=weight.double().abs() + slack)
-    trial.defined(merged, bounds.merged(*furthest, trial.arithmetic) + x.double().abs() @ slack.T)
+    trial.defined(merged, strayed(trial, trial.terms, slack, bounds.merged))
 
 
 @check(
@@ -198,19 +156,25 @@ def scaled_merges_and_unmerges(trial: Trial) -> None:
     asked = trial.asked._replace(acting=(factor,))
     trial.near("merged y", y, definition.forward(*scaled), bounds.merged(*scaled, trial.arithmetic), of=asked)
     trial.ask("unmerge", layer)
-    x, weight, _, factors, scaling = scaled
+    _, weight, _, factors, scaling = scaled
     slack = bounds.unmerged_weight(weight, factors, scaling, trial.arithmetic)
-    furthest = trial.terms._replace(weight=weight.double().abs() + slack)
-    trial.defined(trial.call(layer, trial.x), bounds.separate(*furthest, trial.arithmetic) + x.double().abs() @ slack.T)
+    trial.defined(trial.call(layer, trial.x), strayed(trial, trial.terms, slack))
 
 
-@check(
+@claim(
     "What is deployed, merged and without an adapter, computes (W + s B A) x + b.",
     needs=("merge_and_unload",),
     after="forward.matches_definition",
-    bases=DENSE,
-    draws=UNGROUPED,
 )
 def and_unload_equals_definition(trial: Trial) -> None:
     unloaded = trial.ask("merge_and_unload", trial.layer())
     trial.defined(trial.call(unloaded, trial.x), trial.merged_bound)
+
+
+def strayed(trial: Trial, terms: Terms, slack: Tensor, bound: Callable[..., Tensor] = bounds.separate) -> Tensor:
+    """How far an output may stray that is computed with any weight within `slack` of that of the terms.
+
+    By its own rounding, at the furthest weight, and by what the slack makes of x.
+    """
+    furthest = terms._replace(weight=terms.weight.double().abs() + slack)
+    return bound(*furthest, trial.arithmetic) + terms.x.double().abs() @ slack.T

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.conformance.check import check
 from lora_bench.conformance.outcome import Fails, NotOffered, Raised
 from lora_bench.conformance.state import state_of
+from lora_bench.conformance.training import trained
 from lora_bench.spec import Factors, LoraSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from lora_bench.conformance.trial import Trial
     from lora_bench.subject import Layer
 
@@ -24,8 +27,8 @@ DEFINED = "forward.matches_definition"
 def rank_below_one_is_refused(trial: Trial) -> None:
     if (layer := taken(trial, rank=0)) is not None and works(trial, layer):
         trial.bare(trial.call(layer, trial.x))
-        trained = sum(parameter.numel() for parameter in trial.trainable(layer).values())
-        trial.require(trained == 0, f"with a rank of 0 {trained} numbers train")
+        found = trained(trial, layer)
+        trial.require(found == 0, f"with a rank of 0 {found} numbers train")
     layer = taken(trial, rank=-1)
     trial.require(layer is None or not works(trial, layer), "a rank of -1 was taken")
 
@@ -93,6 +96,16 @@ def foreign_state_is_refused(trial: Trial) -> None:
         except Raised:
             return
     trial.require(bool(said), f"a state of {', '.join(foreign)} was loaded, and nothing was said")
+
+
+@contextmanager
+def refused(otherwise: str) -> Iterator[None]:
+    """Fail, as it says, unless the subject refuses what is asked of it inside."""
+    try:
+        yield
+    except Raised:
+        return
+    raise Fails(otherwise)
 
 
 def works(trial: Trial, layer: Layer) -> bool:

@@ -76,11 +76,16 @@ def trains_after_loading(trial: Trial) -> None:
 
 
 def reloaded(trial: Trial, layer: Layer) -> Layer:
-    """A fresh layer with the adapter of another, by way of a safetensors file."""
-    kept = {name: value.detach().clone().contiguous() for name, value in state_of(trial, layer).items()}
-    fresh = trial.wrap()
-    trial.ask("load_state", fresh, load(save(kept)))
+    """A fresh layer with the adapter of another, saved and loaded."""
+    kept, fresh = saved(trial, layer), trial.wrap()
+    trial.ask("load_state", fresh, kept)
     return fresh
+
+
+def saved(trial: Trial, layer: Layer) -> dict[str, Tensor]:
+    """The state of a layer as a safetensors file keeps it."""
+    kept = {name: value.detach().clone().contiguous() for name, value in state_of(trial, layer).items()}
+    return load(save(kept))
 
 
 @check("A deep copy computes the same, and has factors of its own.", after=DEFINED, bases=DENSE)

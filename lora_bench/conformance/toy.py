@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from lora_bench import bounds, definition
 from lora_bench.adapter import Adapted, Adapter, read, write
+from lora_bench.adapter.config import CONFIG
+from lora_bench.adapter.peft_format import TENSORS
 from lora_bench.conformance.outcome import Fails, Raised
 from lora_bench.conformance.trial import Terms
 from lora_bench.spec import Factors, LoraSpec
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from lora_bench.conformance.trial import Trial
     from lora_bench.subject import Layer
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 HEAD = "lm_head"
 PROJECTIONS = ("layers.0.q_proj", "layers.0.v_proj", "layers.1.q_proj", "layers.1.xq_proj")
 LINEARS = (*PROJECTIONS, HEAD)
@@ -71,9 +72,8 @@ class Model(nn.Module):
         return self.lm_head
 
     def forward(self, x: Tensor) -> Tensor:
-        embedded, normed = self.embed(x.argmax(-1)), self.norm(x)
-        projected = [layer(x) for block in self.layers for layer in block.values()]  # type: ignore[operator]
-        return torch.cat([embedded, normed, *projected, self.lm_head(x)], -1)
+        linears = [self.get_submodule(place)(x) for place in LINEARS]
+        return torch.cat([self.embed(x.argmax(-1)), self.norm(x), *linears], -1)
 
 
 class Toy:
@@ -97,12 +97,10 @@ class Toy:
         assert isinstance(layer, nn.Linear)
         return layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
 
-    def adapters(
-        self, places: Iterable[str], *, seed: int = 0, varied: bool = False
-    ) -> dict[str, tuple[LoraSpec, Factors]]:
+    def adapters(self, places: Iterable[str], *, seed: int = 0, varied: bool = False) -> Adapters:
         """An adapter for each of the places, of the case's spec; `varied` ones differ in rank and alpha."""
         generator = torch.Generator().manual_seed(2 * self.case.seed + seed + 1)
-        adapters = {}
+        adapters: dict[str, tuple[LoraSpec, Factors]] = {}
         for index, place in enumerate(places):
             spec = self.case.spec
             if varied:
@@ -115,18 +113,13 @@ class Toy:
         return adapters
 
     def terms(self, place: str, adapters: Adapters) -> Terms:
-        """The terms of one linear layer; a bias of B is one more column of B, over a feature of x that is 1."""
+        """The terms of one linear layer."""
         x, (weight, bias) = self.trial.x, self.weights(place)
         if place not in adapters:
             nothing = Factors(weight.new_zeros(1, weight.shape[1]), weight.new_zeros(weight.shape[0], 1))
             return Terms(x, weight, bias, nothing, 0.0)
         spec, factors = adapters[place]
-        if factors.bias is not None:
-            x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
-            weight = torch.cat([weight, torch.zeros_like(weight[:, :1])], 1)
-            a = torch.block_diag(factors.a, torch.ones_like(factors.a[:1, :1]))
-            factors = Factors(a, torch.cat([factors.b, factors.bias[:, None]], 1))
-        return Terms(x, weight, bias, factors, spec.scaling)
+        return Terms.of(x, weight, bias, factors, spec.scaling)
 
     def parts(self, y: Tensor) -> dict[str, Tensor]:
         """An output by the places of the layers that it is made of."""
@@ -147,6 +140,23 @@ class Toy:
             self.trial.near(f"y of {place}", part, definition.forward(*terms), allowed)
             if place in adapters:
                 self.trial.visible(definition.delta(terms.x, terms.factors, terms.scaling), allowed)
+
+    def judge_targets(self, targets: list[str] | str, places: Iterable[str], optional: Iterable[str] = ()) -> None:
+        """Fail unless these places, and maybe the optional ones, answer otherwise once what trains has moved."""
+        model, wanted = self.adapted(targets), set(places)
+        before = self.parts(self.run(model).detach().clone())
+        self.move(model)
+        after = self.parts(self.run(model).detach())
+        found = {place for place, part in after.items() if not torch.equal(part, before[place])}
+        because = f"{targets!r} adapts {', '.join(sorted(found)) or 'nothing'}, wanted {', '.join(sorted(wanted))}"
+        self.trial.require(found - set(optional) == wanted, because)
+
+    def judge_saved(self, found: Adapters, adapters: Adapters) -> None:
+        """Fail unless A and B of each of the adapters were saved as they are."""
+        for place, (_, factors) in adapters.items():
+            self.trial.require(place in found, f"it saved no adapter of {place}")
+            self.trial.near(f"A of {place}", found[place][1].a, factors.a)
+            self.trial.near(f"B of {place}", found[place][1].b, factors.b)
 
     def run(self, model: Layer) -> Tensor:
         """A model's output for the trial's input."""
@@ -175,10 +185,10 @@ class Toy:
         self.trial.must_support(self.trial.spec)
         return self.trial.ask("restore", self.model(), folder)
 
-    def of_folder(self, adapters: Adapters) -> Layer:
+    def of_folder(self, adapters: Adapters, **fields: Any) -> Layer:
         """The model with adapters by way of a folder."""
         with TemporaryDirectory() as folder:
-            written(folder, adapters)
+            written(folder, adapters, **fields)
             return self.restored(folder)
 
     def saved(self, model: Layer, folder: str | None = None) -> Adapter:

@@ -17,35 +17,40 @@ from lora_bench.conformance.outcome import Fails, blaming
 from lora_bench.spec import Factors
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lora_bench.conformance.trial import Trial
     from lora_bench.subject import Layer
 
 
 @check("A and B require a gradient, and nothing else does.", bases=ANY_BASE)
 def only_factors_train(trial: Trial) -> None:
-    trainable = trial.trainable(trial.wrap())
+    judge_trained(trial, trial.wrap(), sizes(trial))
+
+
+def judge_trained(trial: Trial, layer: Layer, wanted: Mapping[str, int]) -> None:
+    """Fail unless parameters of these sizes require a gradient, and nothing else does."""
+    trainable = trial.trainable(layer)
     found = sorted(parameter.numel() for parameter in trainable.values())
-    wanted = sorted(sizes(trial))
     listed = ", ".join(f"{name} {tuple(parameter.shape)}" for name, parameter in trainable.items()) or "nothing"
-    trial.require(
-        found == wanted, f"what trains is {listed}; wanted A and B, of {' and '.join(map(str, wanted))} numbers"
-    )
+    named = " and ".join(f"{name} of {size}" for name, size in wanted.items())
+    trial.require(found == sorted(wanted.values()), f"what trains is {listed}; wanted {named} numbers")
 
 
-def sizes(trial: Trial) -> tuple[int, int]:
+def trained(trial: Trial, layer: Layer) -> int:
+    """How many numbers of a layer, or of a model, train."""
+    return sum(parameter.numel() for parameter in trial.trainable(layer).values())
+
+
+def sizes(trial: Trial) -> dict[str, int]:
     """How many numbers A and B hold: r fan_in and d_out r, where B mixes no groups of a convolution."""
-    return trial.factors.a.numel(), trial.factors.b.numel() // trial.case.groups
+    return {"A": trial.factors.a.numel(), "B": trial.factors.b.numel() // trial.case.groups}
 
 
-@check(
-    "An adapter trains r (d_in + d_out) numbers.",
-    after="training.only_factors_train",
-    bases=DENSE,
-)
+@check("An adapter trains r (d_in + d_out) numbers.", after="training.only_factors_train", bases=DENSE)
 def parameter_count(trial: Trial) -> None:
-    trained = sum(parameter.numel() for parameter in trial.trainable(trial.wrap()).values())
-    wanted = sum(sizes(trial))
-    trial.near("trainable parameters", torch.tensor(trained), torch.tensor(wanted))
+    found, wanted = trained(trial, trial.wrap()), sum(sizes(trial).values())
+    trial.near("trainable parameters", torch.tensor(found), torch.tensor(wanted))
 
 
 @check(

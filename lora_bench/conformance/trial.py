@@ -34,6 +34,16 @@ class Terms(NamedTuple):
     factors: Factors
     scaling: float
 
+    @classmethod
+    def of(cls, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, scaling: float) -> Terms:
+        """The terms of a problem. A bias of B is one more column of B, over a feature of x that is 1."""
+        if factors.bias is not None:
+            x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+            weight = torch.cat([weight, torch.zeros_like(weight[:, :1])], 1)
+            a = torch.block_diag(factors.a, torch.ones_like(factors.a[:1, :1]))
+            factors = Factors(a, torch.cat([factors.b, factors.bias[:, None]], 1))
+        return cls(x, weight, bias, factors, scaling)
+
 
 class Trial:
     """A case's tensors, a subject's verbs and the definition, brought together.
@@ -93,14 +103,8 @@ class Trial:
         return self.terms_of(self._problem.adapters[0][1], self.spec.scaling)
 
     def terms_of(self, factors: Factors, scaling: float) -> Terms:
-        """The terms with other factors. A bias of B is one more column of B, over a feature of x that is 1."""
-        x, weight = kinds.rows(self.case, self._problem.x), self._weight
-        if factors.bias is not None:
-            x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
-            weight = torch.cat([weight, torch.zeros_like(weight[:, :1])], 1)
-            a = torch.block_diag(factors.a, torch.ones_like(factors.a[:1, :1]))
-            factors = Factors(a, torch.cat([factors.b, factors.bias[:, None]], 1))
-        return Terms(x, weight, self._problem.bias, factors, scaling)
+        """The terms with other factors."""
+        return Terms.of(kinds.rows(self.case, self._problem.x), self._weight, self._problem.bias, factors, scaling)
 
     @property
     def bare_terms(self) -> Terms:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-import math
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from lora_bench.reference.adapter import Adapter, held
+from lora_bench.reference.layer import uniform
+from lora_bench.reference.merging import Merging
 from lora_bench.spec import Factors
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from lora_bench.spec import LoraSpec
 
 
-class LoraAttention(nn.Module):
+class LoraAttention(Merging):
     """An nn.MultiheadAttention, frozen and kept, with an adapter on in_proj (3 d, d) and one on out_proj (d, d).
 
     It is called as its base is, with every option of that. in_proj's query, key and value share one A. Each lora_A is
@@ -69,7 +70,7 @@ class LoraAttention(nn.Module):
 
         Raises ValueError where they do not fit or their values overflow the dtype, RuntimeError while merged.
         """
-        self._refuse_merged("loading other factors: the merged weights hold the old ones")
+        self.refuse_merged("loading other factors: the merged weights hold the old ones")
         weights, adapters = self._weights.values(), (self.in_proj, self.out_proj)
         kept = [
             held(own, adapter.spec, weight.shape[1], len(weight), weight.dtype)
@@ -106,7 +107,7 @@ class LoraAttention(nn.Module):
 
         Raises RuntimeError while the layer is off.
         """
-        self._refuse_disabled()
+        self.refuse_disabled()
         if not self.merged:
             merged = self._effective()
             self._unmerged_in_proj, self._unmerged_out_proj = (own.clone() for own in self._weights.values())
@@ -125,7 +126,7 @@ class LoraAttention(nn.Module):
 
         Raises RuntimeError while the layer is off.
         """
-        self._refuse_disabled()
+        self.refuse_disabled()
         plain = copy.deepcopy(self.base_layer)
         if not self.merged:
             plain.load_state_dict(self._effective(), strict=False)
@@ -146,34 +147,11 @@ class LoraAttention(nn.Module):
         for name, weight in self._weights.items():
             weight.copy_(weights[name])
 
-    def train(self, mode: bool = True) -> Self:
-        """As in nn.Module; RuntimeError for training while merged, when A and B would silently get no gradient."""
-        if mode:
-            self._refuse_merged("training: a merged adapter gets no gradient")
-        return super().train(mode)
-
-    def _save_to_state_dict(self, *arguments: Any) -> None:
-        self._refuse_merged("saving the whole layer: its base holds the adapter, which would be applied twice")
-        super()._save_to_state_dict(*arguments)
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        self._refuse_merged("loading a whole layer: the merged weights would be taken for its base")
-        super()._load_from_state_dict(*arguments)
-
-    def _refuse_disabled(self) -> None:
-        if not self.enabled:
-            raise RuntimeError("enable the adapter before merging it")
-
-    def _refuse_merged(self, what: str) -> None:
-        if self.merged:
-            raise RuntimeError(f"unmerge before {what}")
-
 
 def _fresh(weight: Tensor, spec: LoraSpec) -> Adapter:
     """An adapter that changes nothing yet."""
-    limit = 1 / math.sqrt(weight.shape[1])
-    lora_A = nn.init.uniform_(weight.new_empty(spec.rank, weight.shape[1]), -limit, limit)
-    return Adapter(spec, lora_A, weight.new_zeros(len(weight), spec.rank))
+    d_out, d_in = weight.shape
+    return Adapter(spec, uniform(weight.new_empty(spec.rank, d_in)), weight.new_zeros(d_out, spec.rank))
 
 
 def _plus(weight: Tensor, adapter: Adapter) -> Tensor:

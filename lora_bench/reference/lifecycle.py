@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_bench.reference.adapter import Adapter, held
+from lora_bench.reference.merging import Merging
 from lora_bench.spec import Factors
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ OWN = "default"
 """The name of the adapter that a layer is made with."""
 
 
-class LoraLayer(Adapter):
+class LoraLayer(Merging, Adapter):
     """y = base_layer(x) + s (B A dropout(x) + lora_bias) over an existing layer, which is frozen and kept.
 
     lora_A is random and lora_B zero, so that the layer starts as its base (Hu et al. 2021, arXiv 2106.09685, section
@@ -126,9 +127,13 @@ class LoraLayer(Adapter):
 
     def adapter(self, name: str) -> Adapter:
         """The adapter of that name, the layer being its own; ValueError where there is none."""
-        if name != OWN and name not in self.further:
+        if name == OWN:
+            return self
+        if name not in self.further:
             raise ValueError(f"no adapter is called {name!r}, there are {', '.join((OWN, *self.further))}")
-        return self if name == OWN else self.further[name]  # type: ignore[return-value]  # it holds nothing else
+        found = self.further[name]
+        assert isinstance(found, Adapter)
+        return found
 
     def enable(self, enabled: bool) -> None:
         """Let the active adapters act, or none, which gives the base's own output, also after a merge."""
@@ -250,30 +255,6 @@ class LoraLayer(Adapter):
         self.base_layer.weight.copy_(weight)
         if bias is not None:
             self.base_layer.bias.copy_(bias)
-
-    # What is refused
-
-    def train(self, mode: bool = True) -> Self:
-        """As in nn.Module; RuntimeError for training while merged, when A and B would silently get no gradient."""
-        if mode:
-            self.refuse_merged("training: a merged adapter gets no gradient")
-        return super().train(mode)
-
-    def _save_to_state_dict(self, *arguments: Any) -> None:
-        self.refuse_merged("saving the whole layer: its base weight holds the adapter, which would be applied twice")
-        super()._save_to_state_dict(*arguments)
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        self.refuse_merged("loading a whole layer: the merged weight would be taken for its base")
-        super()._load_from_state_dict(*arguments)
-
-    def refuse_disabled(self) -> None:
-        if not self.enabled:
-            raise RuntimeError("enable the adapter before merging it")
-
-    def refuse_merged(self, what: str) -> None:
-        if self.merged:
-            raise RuntimeError(f"unmerge before {what}")
 
 
 def must_be_finite(factor: float) -> None:

@@ -94,8 +94,8 @@ def find(text: str) -> Subject:
     source, _, attribute = home.rpartition(":")
     module = _load(text, source)
     if not hasattr(module, attribute):
-        there = [name for name, value in vars(module).items() if isinstance(value, Subject)]
-        raise ValueError(f"{text!r}: {source} has no {attribute!r}; its subjects are {', '.join(there) or 'none'}")
+        there = ", ".join(name for name, value in vars(module).items() if isinstance(value, Subject))
+        raise ValueError(f"{text!r}: {source} has no {attribute!r}; its subjects are {there or 'none'}")
     subject = getattr(module, attribute)
     if not isinstance(subject, Subject):
         found = type(subject).__name__
@@ -141,6 +141,8 @@ def _load(text: str, source: str) -> ModuleType:
     """The module that `source` names, by its dotted name or the path of its file."""
     try:
         return _load_file(Path(source)) if source.endswith(".py") else import_module(source)
+    except FileNotFoundError as error:
+        raise ValueError(f"{text!r}: {error}") from None
     except Exception as error:  # a stranger's file may raise anything
         raise ValueError(f"{text!r} cannot be loaded: {type(error).__name__}: {error}") from error
 

@@ -8,31 +8,24 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
 from lora_bench.subject import Known, Subject
 from lora_bench.subjects import peft, quiet_import
+from lora_bench.subjects.one_layer import OneLayer
 
 with quiet_import():
     from diffusers.loaders import PeftAdapterMixin
     from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from lora_bench.case import Case
     from lora_bench.spec import Factors, LoraSpec
     from lora_bench.subject import Layer
 
 
-class Model(PeftAdapterMixin, nn.Module):  # type: ignore[misc]  # diffusers is not read by mypy
+class Model(PeftAdapterMixin, OneLayer):  # type: ignore[misc]  # diffusers is not read by mypy
     """A model of one layer with what diffusers' models inherit for adapters."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layer(x)
-        return y
 
 
 def wrap(base: nn.Module, spec: LoraSpec) -> Layer:

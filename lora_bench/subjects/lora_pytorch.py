@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from lora_bench.spec import Factors
 from lora_bench.subject import Known, Subject
+from lora_bench.subjects.convolutions import convolutions, padded_otherwise
 
 if TYPE_CHECKING:
-    from lora_bench.case import Case
     from lora_bench.spec import LoraSpec
     from lora_bench.subject import Layer
 
@@ -66,25 +66,15 @@ def supports(spec: LoraSpec) -> str | None:
     return "lora-pytorch has no dropout" if spec.dropout else None
 
 
-def _padded_otherwise(case: Case) -> bool:
-    return case.padding > 0 and case.padding_mode != "zeros"
-
-
-CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 NO_GRADIENT = "the base runs under no_grad, so the input gets no gradient through W (no thread found)"
 KNOWN = {
-    **{
-        f"forward.matches_definition@{kind}": Known(
-            "in_conv is made without the base's padding_mode (no thread found)",
-            f"t1 i1 o1 r1 a1 fp64 s0 padding1 {kind} reflect",
-            where=_padded_otherwise,
-        )
-        for kind in CONVOLUTIONS
-    },
-    **{
-        f"training.gradients_match_formulas@{kind}": Known(NO_GRADIENT, f"t1 i1 o1 r1 a1 fp64 s0 {kind}")
-        for kind in CONVOLUTIONS
-    },
+    **convolutions(
+        "forward.matches_definition",
+        "in_conv is made without the base's padding_mode (no thread found)",
+        "padding1 {} reflect",
+        padded_otherwise,
+    ),
+    **convolutions("training.gradients_match_formulas", NO_GRADIENT),
     **{
         check: Known(NO_GRADIENT, "t1 i1 o1 r1 a1 fp64 s0")
         for check in (

@@ -15,18 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from lora_bench.spec import Factors
-from lora_bench.subject import Known, Subject
+from lora_bench.subject import Subject
 from lora_bench.subjects import quiet_import
+from lora_bench.subjects.lycoris_known import WITH_BYPASS, WITHOUT_BYPASS
+from lora_bench.subjects.one_layer import OneLayer
 
 with quiet_import():
     from lycoris import create_lycoris
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from lora_bench.case import Case
     from lora_bench.spec import LoraSpec
-    from lora_bench.subject import Layer
+    from lora_bench.subject import Known, Layer
 
 ADAPTER = "default"
 
@@ -34,24 +35,12 @@ ADAPTER = "default"
 logging.getLogger("LyCORIS").setLevel(logging.WARNING)
 
 
-class Model(nn.Module):
-    """A model of one layer: LyCORIS finds the layers in a model, and replaces their `forward`."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layer(x)
-        return y
-
-
 class Adapted(nn.Module):
     """A model and its LyCORIS networks, one for each adapter, which are no part of the model."""
 
     def __init__(self, base: nn.Module, *, bypass: bool) -> None:
         super().__init__()
-        self.model: Layer = Model(base.requires_grad_(False))  # what LyCORIS leaves to whoever makes the optimiser
+        self.model: Layer = OneLayer(base.requires_grad_(False))  # what LyCORIS leaves to whoever makes the optimiser
         self.networks: Layer = nn.ModuleDict()
         self.bypass = bypass
         self.enabled = True
@@ -225,73 +214,7 @@ def supports(spec: LoraSpec) -> str | None:
     return None
 
 
-CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
-NOT_RESTORED = (
-    "onfly_restore does nothing on a CPU, where what onfly_merge keeps is the weight itself (no thread found)"
-)
-KNOWN = {
-    **{
-        f"merge.unmerge_restores@{kind}": Known(NOT_RESTORED, f"t1 i1 o1 r1 a1 fp64 s0 {kind}") for kind in CONVOLUTIONS
-    },
-    **{
-        f"merge.{check}": Known(NOT_RESTORED, "t1 i1 o1 r1 a1 fp64 s0")
-        for check in (
-            "unmerge_restores",
-            "cycles_do_not_drift",
-            "after_loading_others",
-            "scaled_merges_and_unmerges",
-        )
-    },
-    "dora.unmerge_restores": Known(NOT_RESTORED, "t1 i1 o1 r1 a1 fp64 s0 dora"),
-    "adapters.partial_merge_keeps_the_others": Known(NOT_RESTORED, "t1 i1 o1 r1 a1 fp64 s0 n2"),
-    "lifecycle.any_order": Known(
-        NOT_RESTORED, "t1 i1 o1 r1 a1 fp64 s0 n2 ops=merge,unmerge", where=lambda case: "merge" in case.ops
-    ),
-}
-
-
-DORA = {
-    "dora.is_identity": Known(
-        "by design: the magnitude is made in float32, which fp64 shows, and so is the output over 16 bits",
-        "t1 i1 o1 r1 a1 fp64 s0 dora",
-        where=lambda case: case.dtype != "fp32",
-    ),
-    "dora.matches_definition": Known(
-        "over 16 bits it multiplies x by a float32 weight, which raises (no thread found)",
-        "t1 i1 o1 r1 a1 bf16 s0 dora",
-        where=lambda case: case.dtype in ("bf16", "fp16"),
-    ),
-    "dora.gradients_match_formulas": Known(
-        "by design: it differentiates through the norm, which section 4.3 of the paper only proposes to spare",
-        "t1 i1 o1 r1 a1 fp64 s0 dora",
-    ),
-}
-BYPASSED_DORA = {
-    f"dora.{check}": Known(
-        "bypass_mode ignores the magnitude in the forward and not in a merge (no thread found)",
-        "t1 i1 o1 r1 a1 fp64 s0 dora",
-    )
-    for check in ("matches_definition", "gradients_match_formulas")
-}
-
-
-def _padded_otherwise(case: Case) -> bool:
-    return case.padding > 0 and case.padding_mode != "zeros"
-
-
-def _beside_the_base(case: Case) -> bool:
-    return case.dilation > 1 or _padded_otherwise(case)
-
-
-def convolutions(because: str, shape: str, where: Callable[[Case], bool]) -> dict[str, Known]:
-    """The same known failure for every kind of convolution."""
-    return {
-        f"forward.matches_definition@{kind}": Known(because, f"t1 i1 o1 r1 a1 fp64 s0 {shape.format(kind)}", where)
-        for kind in CONVOLUTIONS
-    }
-
-
-def subject(name: str, *, bypass: bool, known: dict[str, Known]) -> Subject:
+def subject(name: str, *, bypass: bool, known: Mapping[str, Known]) -> Subject:
     """LyCORIS as a subject, in one of its two modes."""
     return Subject(
         name,
@@ -314,29 +237,9 @@ def subject(name: str, *, bypass: bool, known: dict[str, Known]) -> Subject:
         supports=supports,
         layers=("linear", "conv1d", "conv2d", "conv3d"),
         variants=("dora",),
-        known=KNOWN | known,
+        known=known,
     )
 
 
-LYCORIS = subject(
-    "lycoris",
-    bypass=False,
-    known={
-        "forward.dropout_only_in_training": Known(
-            "without bypass_mode the dropout is not applied, and nothing is said (no thread found)",
-            "t1 i1 o1 r1 a1 fp64 s0",
-        )
-    }
-    | DORA
-    | convolutions("a convolution pads with zeros (no thread found)", "padding1 {} reflect", _padded_otherwise),
-)
-BYPASS = subject(
-    "lycoris-bypass",
-    bypass=True,
-    known=BYPASSED_DORA
-    | convolutions(
-        "lora_down is made without the base's dilation and padding_mode (no thread found)",
-        "kernel2 dilation2 {}",
-        _beside_the_base,
-    ),
-)
+LYCORIS = subject("lycoris", bypass=False, known=WITHOUT_BYPASS)
+BYPASS = subject("lycoris-bypass", bypass=True, known=WITH_BYPASS)

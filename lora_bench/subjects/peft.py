@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lora_bench.spec import Factors
 from lora_bench.subject import Known, Subject
 from lora_bench.subjects import quiet_import
+from lora_bench.subjects.one_layer import OneLayer
 from lora_bench.subjects.peft_attention import KNOWN as ATTENTION
 from lora_bench.subjects.peft_attention import MultiheadAttention, halves
 
@@ -36,12 +37,11 @@ ADAPTER = "default"
 BASE = "__base__"
 
 
-class Box(nn.Module):
-    """A model of one layer: PEFT replaces the children of a model, never the model itself."""
+class Box(OneLayer):
+    """What PEFT can adapt: it replaces the children of a model, never the model itself."""
 
     def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
+        super().__init__(layer)
         # What PEFT asks of a model, and not of its layers, before it wraps a quantised one.
         kind = _bitsandbytes(layer)
         self.is_loaded_in_4bit = kind == "Linear4bit"
@@ -51,10 +51,6 @@ class Box(nn.Module):
 
             config = SimpleNamespace(get_apply_tensor_subclass=lambda: CONFIG)
             self.hf_quantizer = SimpleNamespace(quantization_config=config)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layer(x)
-        return y
 
 
 class Plan(NamedTuple):
@@ -86,7 +82,7 @@ def _load(layer: LoraLayer, factors: Factors, adapter: str) -> None:
     factors.fit(rank, d_in, len(b))
     with torch.no_grad():
         a.copy_(factors.a.view_as(a))
-        b.copy_(own_blocks(factors.b, groups(layer)).reshape(b.shape))
+        b.copy_(torch.cat(factors.blocks(groups(layer))).reshape(b.shape))
         if factors.bias is not None:
             layer.lora_B[adapter].bias.copy_(factors.bias)
         if factors.magnitude is not None:
@@ -119,12 +115,6 @@ def parameters(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Paramet
 def groups(layer: LoraLayer) -> int:
     """The groups of a convolution; PEFT's A reads all channels, and its B has a block for each group."""
     return getattr(layer.get_base_layer(), "groups", 1)
-
-
-def own_blocks(b: Tensor, groups: int) -> Tensor:
-    """The blocks on the diagonal of B (d_out, r), one below the other: (d_out, r / groups)."""
-    blocks = b.unflatten(0, (groups, -1)).unflatten(2, (groups, -1))
-    return torch.cat([blocks[group, :, group] for group in range(groups)])
 
 
 def merge(layer: LoraLayer) -> None:

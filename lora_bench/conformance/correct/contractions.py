@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_bench.conformance.correct.specs import plain
 from lora_bench.spec import Factors
 from lora_bench.subject import Subject
 
@@ -111,5 +110,4 @@ CONTRACTED = Subject(
     state=lambda layer: {"a": layer.a, "b": layer.b},
     load_state=lambda layer, state: layer.load_state_dict(layer.state_dict() | state),
     layers=("linear", "fan_in_fan_out", "embedding", "conv1d", "conv2d", "conv3d"),
-    supports=plain,
 )

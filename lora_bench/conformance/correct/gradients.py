@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_bench.conformance.correct.specs import finite, plain
+from lora_bench.conformance.correct.specs import finite
 from lora_bench.spec import Factors
 from lora_bench.subject import Subject
 
@@ -106,6 +106,5 @@ HANDWRITTEN = Subject(
     enable=Manual.switch,
     weight=lambda layer: layer.weight,
     state=lambda layer: {"lora_A": layer.lora_A, "lora_B": layer.lora_B},
-    supports=plain,
     devices=("cpu",),
 )

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_bench.conformance.correct.adapters import Low, low, weight_of
-from lora_bench.conformance.correct.specs import plain
 from lora_bench.spec import Factors
 from lora_bench.subject import Subject
 
@@ -28,17 +27,15 @@ class Blend(nn.Module):
 
     def __init__(self, parts: Iterable[tuple[float, nn.Module]]) -> None:
         super().__init__()
-        self.weights, self.parts = [], nn.ModuleList()
-        for weight, part in parts:
-            self.weights.append(weight)
-            self.parts.append(copy.deepcopy(part))
+        self.weights, several = zip(*parts, strict=True)
+        self.parts: Any = nn.ModuleList(copy.deepcopy(part) for part in several)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.stack([weight * part(x) for weight, part in zip(self.weights, self.parts, strict=True)]).sum(0)
 
     def change(self) -> Tensor:
         several = zip(self.weights, self.parts, strict=True)
-        return torch.stack([weight * part.change() for weight, part in several]).sum(0)  # type: ignore[operator]
+        return torch.stack([weight * part.change() for weight, part in several]).sum(0)
 
 
 class Adapters(nn.Module):
@@ -46,7 +43,7 @@ class Adapters(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.named = nn.ModuleDict()
+        self.named: Any = nn.ModuleDict()
         self.active: list[str] = [FIRST]
         self.merged: list[str] = []
         self.factor, self.enabled = 1.0, True
@@ -67,7 +64,7 @@ class Adapters(nn.Module):
         for name in names:
             if name not in self.merged:
                 self.merged.append(name)
-                weight += factor * self.named[name].change()  # type: ignore[operator]
+                weight += factor * self.named[name].change()
 
     @torch.no_grad()
     def unmerge(self, weight: Tensor) -> None:
@@ -178,5 +175,4 @@ HOOKED = Subject(
     delete=delete,
     combine=combine,
     layers=("linear", "fan_in_fan_out", "embedding", "conv1d", "conv2d", "conv3d", "nf4"),
-    supports=plain,
 )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lora_bench.conformance.correct.specs import undropped
 from lora_bench.spec import Factors
 from lora_bench.subject import Subject
 
@@ -73,12 +74,6 @@ class Decomposed(nn.Module):
         self.load_state_dict(self.state_dict() | state)
 
 
-def without_bias_or_dropout(spec: LoraSpec) -> str | None:
-    if spec.lora_bias:
-        return "no bias on B"
-    return "no dropout: there is one input" if spec.dropout else None
-
-
 DECOMPOSED = Subject(
     "decomposed",
     wrap=Decomposed,
@@ -90,5 +85,6 @@ DECOMPOSED = Subject(
     weight=lambda layer: layer.linear.weight,
     state=Decomposed.state,
     load_state=Decomposed.load_state,
-    supports=without_bias_or_dropout,
+    supports=undropped,
+    variants=("dora",),
 )

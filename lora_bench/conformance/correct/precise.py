@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lora_bench.conformance.correct.specs import without_dora
 from lora_bench.spec import Factors, LoraSpec
 from lora_bench.subject import Subject
 
@@ -181,5 +180,5 @@ UPCAST = Subject(
     activate=Upcast.activate,
     delete=Upcast.delete,
     combine=Upcast.combine,
-    supports=without_dora,
+    variants=("lora_bias",),
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_bench.conformance.correct.specs import finite, plain, undropped
+from lora_bench.conformance.correct.specs import finite, undropped
 from lora_bench.spec import Factors
 from lora_bench.subject import Subject
 
@@ -76,7 +76,6 @@ BALANCED = Subject(
     merge_and_unload=unload,
     merge_scaled=Balanced.merge,
     weight=lambda layer: layer.base.weight,
-    supports=plain,
 )
 
 

@@ -19,18 +19,6 @@ def finite(scaling: float) -> float:
     return scaling
 
 
-def plain(spec: LoraSpec) -> str | None:
-    """A and B alone, neither DoRA nor a bias on B."""
-    if spec.dora:
-        return "no DoRA"
-    return "no bias on B" if spec.lora_bias else None
-
-
-def without_dora(spec: LoraSpec) -> str | None:
-    """A and B, and a bias on B."""
-    return "no DoRA" if spec.dora else None
-
-
 def undropped(spec: LoraSpec) -> str | None:
-    """As `plain`, where base and adapter share one input, so that no dropout can act on the adapter's alone."""
-    return "no dropout: base and adapter share their input" if spec.dropout else plain(spec)
+    """Any spec where base and adapter share one input, so that no dropout can act on the adapter's alone."""
+    return "no dropout: base and adapter share their input" if spec.dropout else None

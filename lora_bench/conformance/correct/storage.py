@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_bench.conformance.correct.specs import plain
 from lora_bench.spec import Factors
 from lora_bench.subject import Subject
 
@@ -96,7 +95,6 @@ TRANSPOSED = Subject(
     load_state=Projected.load_state,
     pool=pool_of_pairs,
     route=route_by_row,
-    supports=plain,
 )
 
 
@@ -207,5 +205,4 @@ WINDOWED = Subject(
     load_state=Windowed.load_state,
     pool=pool_of_slots,
     route=route_to_slots,
-    supports=plain,
 )

@@ -49,9 +49,10 @@ def parametrised(base: nn.Module, spec: LoraSpec) -> nn.Module:
     """The base itself, of which any use of `weight` is of the sum."""
     if getattr(base, "groups", 1) > 1:
         raise NotImplementedError("B A is no grouped kernel")
-    base.requires_grad_(False)
+    weight = base.requires_grad_(False).weight
+    assert isinstance(weight, Tensor)
     turned = not isinstance(base, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    parametrize.register_parametrization(base, "weight", Sum(base.weight, spec, turned=turned))  # type: ignore[arg-type]
+    parametrize.register_parametrization(base, "weight", Sum(weight, spec, turned=turned))
     return base
 
 

@@ -2,41 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora_bench.conformance.zoo.planting import bug, original, specimens
-from lora_bench.reference import wrap
+from lora_bench.conformance.zoo.planting import alter, original, specimens, wrapped
 from lora_bench.reference.layer import LoraLinear
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-def altered(**members: Any) -> Any:
-    """The reference's DoRA with other members, and its plain LoRA as it is."""
-
-    def changed(base: Any, spec: Any) -> Any:
-        layer = wrap(base, spec)
-        if spec.dora:
-            layer.__class__ = type("Acme", (type(layer),), members)
-            layer.settle()
-        return layer
-
-    return bug(wrap=changed, layers=("linear",))
+    from lora_bench.subject import Subject
 
 
-def frozen(base: Any, spec: Any) -> Any:
-    layer: Any = wrap(base, spec)
-    if spec.dora:
-        layer.lora_magnitude_vector.requires_grad_(False)
-    return layer
+def decomposed(change: Callable[[Any], object]) -> Subject:
+    """The reference with something done to each layer with DoRA once it is wrapped."""
+    return wrapped(lambda layer: change(layer) if layer.spec.dora else None, layers=("linear",))
 
 
-def of_ones(base: Any, spec: Any) -> Any:
-    layer: Any = wrap(base, spec)
-    if spec.dora:
-        torch.nn.init.ones_(layer.lora_magnitude_vector)
-    return layer
+def altered(**members: Any) -> Subject:
+    """The reference, its class for DoRA with other members."""
+    return decomposed(lambda layer: alter(layer, **members))
 
 
 def plain(layer: Any, x: Tensor) -> Tensor:
@@ -76,14 +63,22 @@ def half_restored(layer: Any) -> None:
 
 
 SPECIMENS = (
-    *specimens("dora.is_identity", the_magnitude_is_one=bug(wrap=of_ones, layers=("linear",))),
+    *specimens(
+        "dora.is_identity", the_magnitude_is_one=decomposed(lambda layer: nn.init.ones_(layer.lora_magnitude_vector))
+    ),
     *specimens(
         "dora.matches_definition",
         the_magnitude_is_ignored=altered(forward=plain),
         the_bias_is_scaled_too=altered(forward=scaling_the_bias),
         the_norm_is_that_of_the_base=altered(weight_norm=of_the_base),
     ),
-    *specimens("dora.trains", the_magnitude_is_frozen=(bug(wrap=frozen, layers=("linear",)), "torchtune#2250")),
+    *specimens(
+        "dora.trains",
+        the_magnitude_is_frozen=(
+            decomposed(lambda layer: layer.lora_magnitude_vector.requires_grad_(False)),
+            "torchtune#2250",
+        ),
+    ),
     *specimens("dora.gradients_match_formulas", through_the_norm=altered(weight_norm=with_its_gradient)),
     *specimens("dora.merged_equals_definition", the_magnitude_is_ignored=altered(merged_weight=unmagnified)),
     *specimens(

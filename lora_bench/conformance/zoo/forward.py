@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +19,7 @@ from lora_bench.conformance.zoo.planting import (
     specimens,
     wrapped,
 )
-from lora_bench.reference import wrap
 from lora_bench.spec import Factors
-
-if TYPE_CHECKING:
-    from lora_bench.spec import LoraSpec
-    from lora_bench.subject import Layer
 
 
 def truncated(layer: Any, kept: slice) -> None:
@@ -83,19 +77,6 @@ def dropped_under_autocast(layer: Any, x: Tensor) -> Tensor:
 
 def dropped(x: Tensor, training: bool) -> Tensor:
     return functional.dropout(x, 0.5, training)
-
-
-def lenient(change: Any) -> Any:
-    """A wrap that makes sense of a spec that has none."""
-
-    def taken(base: Layer, spec: LoraSpec) -> Layer:
-        return wrap(base, change(spec))
-
-    return bug(wrap=taken)
-
-
-def patched(spec: LoraSpec, **changes: Any) -> LoraSpec:
-    return replace(spec, **{name: change(getattr(spec, name)) for name, change in changes.items()})
 
 
 def of_numbers(factors: Factors) -> Factors:
@@ -174,20 +155,20 @@ SPECIMENS = (
     ),
     *specimens(
         "misuse.rank_below_one_is_refused",
-        at_least_one=lenient(lambda spec: patched(spec, rank=lambda rank: max(rank, 1))),
+        at_least_one=specified(rank=lambda spec: max(spec.rank, 1)),
     ),
     *specimens(
         "misuse.alpha_that_is_no_number_shows",
-        taken_for_zero=lenient(lambda spec: patched(spec, alpha=lambda alpha: alpha if math.isfinite(alpha) else 0.0)),
+        taken_for_zero=specified(alpha=lambda spec: spec.alpha if math.isfinite(spec.alpha) else 0.0),
     ),
     *specimens(
         "misuse.alpha_of_zero_is_base",
-        taken_for_the_rank=lenient(lambda spec: patched(spec, alpha=lambda alpha: alpha or 1.0)),
+        taken_for_the_rank=specified(alpha=lambda spec: spec.alpha or 1.0),
     ),
-    *specimens("misuse.negative_alpha_subtracts", its_sign_is_dropped=lenient(lambda spec: patched(spec, alpha=abs))),
+    *specimens("misuse.negative_alpha_subtracts", its_sign_is_dropped=specified(alpha=lambda spec: abs(spec.alpha))),
     *specimens(
         "misuse.dropout_above_one_is_refused",
-        taken_for_none=lenient(lambda spec: patched(spec, dropout=lambda rate: rate if rate < 1 else 0.0)),
+        taken_for_none=specified(dropout=lambda spec: spec.dropout if spec.dropout < 1 else 0.0),
     ),
     *specimens(
         "misuse.factors_that_are_no_numbers_show",

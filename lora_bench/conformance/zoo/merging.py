@@ -87,12 +87,6 @@ def left_scaled(layer: Any, factor: float) -> None:
     layer.scaling = factor * layer.spec.scaling
 
 
-def nothing_but_forgetting(layer: Any) -> None:
-    """Says that it has unmerged."""
-    layer._unmerged_weight, layer.merged_at = None, {}  # noqa: SLF001
-    layer.settle()
-
-
 def by_what_is_there_now(layer: Any) -> None:
     """Subtracts the factors of now, which need not be those that were merged."""
     if not layer.merged:

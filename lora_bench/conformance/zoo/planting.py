@@ -65,13 +65,14 @@ def wrapped(change: Callable[[Any], object], **verbs: Any) -> Subject:
 
 
 def altered(**members: Any) -> Subject:
-    """The reference, each layer's class with other members; theirs is what `original` gives."""
+    """The reference, each layer's class with other members."""
+    return wrapped(lambda layer: alter(layer, **members))
 
-    def change(layer: LoraLayer) -> None:
-        layer.__class__ = type("Acme", (type(layer),), members)
-        layer.settle()
 
-    return wrapped(change)
+def alter(layer: LoraLayer, **members: Any) -> None:
+    """Give a layer's class other members; theirs is what `original` gives."""
+    layer.__class__ = type("Acme", (type(layer),), members)
+    layer.settle()
 
 
 def original(layer: Any) -> Any:

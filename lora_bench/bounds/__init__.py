@@ -8,12 +8,12 @@ and overflow is outside of it. Shapes as in `lora_bench.definition`; everything 
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from lora_bench.bounds.arithmetic import FLOAT64, UNIT_ROUNDOFF, Arithmetic
+from lora_bench.bounds.deviation import Deviation, visibility, worst
 from lora_bench.definition import Gradients
 
 if TYPE_CHECKING:
@@ -21,79 +21,23 @@ if TYPE_CHECKING:
 
     from lora_bench.spec import Factors
 
-UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-FP32_OPERANDS = {"tf32": 2.0**-11, "bf16": 2.0**-8}
-"""What a float32 matrix product rounds its inputs to, by the names of torch's setting `fp32_precision`."""
-
-
-@dataclass(frozen=True)
-class Arithmetic:
-    """The rounding of one dtype on one device.
-
-    `unit` is the unit roundoff of storage, `accumulator` that of a sum's running total, `operand` what a matrix
-    product rounds its inputs to (TF32, else 0), `partials` how often a reduced-precision reduction rounds partial sums
-    to storage, `underflow` the largest absolute error of a product that falls out of the normal range.
-    `probabilistic` replaces the worst case n·ua of a sum of n terms by 4·sqrt(n)·ua (Higham and Mary 2019, A New
-    Approach to Probabilistic Rounding Error Analysis), for sums of thousands of terms.
-    """
-
-    unit: float
-    accumulator: float
-    underflow: float
-    operand: float = 0.0
-    partials: int = 0
-    probabilistic: bool = False
-
-    @classmethod
-    def of(cls, dtype: torch.dtype, device: str = "cpu", *, probabilistic: bool = False) -> Arithmetic:
-        """The arithmetic that torch's present settings give `dtype` on `device` ("cpu" or "cuda").
-
-        Raises TypeError for a dtype without a known unit roundoff.
-        """
-        if dtype not in UNIT_ROUNDOFF:
-            known = ", ".join(str(known) for known in UNIT_ROUNDOFF)
-            raise TypeError(f"bounds are known for {known}, got {dtype}")
-        unit, narrow, cuda = UNIT_ROUNDOFF[dtype], dtype.itemsize == 2, torch.backends.cuda.matmul
-        on_cuda, half = device.startswith("cuda"), dtype == torch.float16
-        reduced = cuda.allow_fp16_reduced_precision_reduction if half else cuda.allow_bf16_reduced_precision_reduction
-        wide, smallest = UNIT_ROUNDOFF[torch.float32] if narrow else unit, torch.finfo(dtype).smallest_normal
-        return cls(
-            unit=unit,
-            accumulator=unit if on_cuda and half and cuda.allow_fp16_accumulation else wide,
-            # bf16 and fp32 products may flush subnormals (AMX and AVX512-BF16 do); fp16 and fp64 keep them, and half
-            # of fp64's smallest is no float any more.
-            underflow=max(math.ulp(0.0), smallest * (1 if dtype in (torch.float32, torch.bfloat16) else unit)),
-            operand=FP32_OPERANDS.get(_fp32_precision(on_cuda), 0.0) if dtype == torch.float32 else 0.0,
-            # split-K: one rounding as a partial sum is stored and one as it is added.
-            partials=2 if on_cuda and narrow and reduced else 0,
-            probabilistic=probabilistic,
-        )
-
-    def gamma(self, terms: int) -> float:
-        """γₙ = n·ua / (1 - n·ua), the relative error of a sum of `terms` products (Higham, equation 3.4)."""
-        spread = (4 * math.sqrt(terms) if self.probabilistic else terms) * self.accumulator
-        return spread / (1 - spread)
-
-    def growth(self, sums: tuple[int, ...], roundings: int, carried: int = 0) -> float:
-        """The relative error of a value after products over `sums` terms each and `roundings` roundings to storage.
-
-        `carried` further terms are added to a running total that holds it.
-        """
-        logarithm = (roundings + self.partials * len(sums)) * math.log1p(self.unit)
-        logarithm += 2 * len(sums) * math.log1p(self.operand)
-        logarithm += sum(math.log1p(self.gamma(terms)) for terms in (*sums, carried))
-        return math.expm1(logarithm)  # 1 + 2⁻⁵³ would be 1
-
-
-def _fp32_precision(on_cuda: bool) -> str:
-    """What torch is set to round float32 inputs of a matrix product to: its most particular setting decides."""
-    backends = torch.backends
-    mkldnn: Any = backends.mkldnn
-    homes = (backends.cuda.matmul, backends) if on_cuda else (mkldnn.matmul, mkldnn, backends)
-    return next((home.fp32_precision for home in homes if home.fp32_precision != "none"), "none")
-
-
-FLOAT64 = Arithmetic.of(torch.float64)
+__all__ = [
+    "FLOAT64",
+    "UNIT_ROUNDOFF",
+    "Arithmetic",
+    "Deviation",
+    "decomposed",
+    "either",
+    "gradients",
+    "magnitudes",
+    "merged",
+    "merged_weight",
+    "separate",
+    "unmerged_weight",
+    "vanishing",
+    "visibility",
+    "worst",
+]
 
 
 class Magnitudes(NamedTuple):
@@ -174,6 +118,14 @@ def merged(
     return error(arithmetic) + error(FLOAT64)
 
 
+def either(
+    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, scaling: float, arithmetic: Arithmetic
+) -> Tensor:
+    """The allowed |error| (n, d_out) of an output that may come by way of `separate` or `merged`, no matter which."""
+    layer = (x, weight, bias, factors, scaling)
+    return torch.maximum(separate(*layer, arithmetic), merged(*layer, arithmetic))
+
+
 def merged_weight(weight: Tensor, factors: Factors, scaling: float, arithmetic: Arithmetic) -> Tensor:
     """The allowed |error| (d_out, d_in) of the stored W + s B A: B A, s, their product and the sum are rounded."""
 
@@ -184,21 +136,27 @@ def merged_weight(weight: Tensor, factors: Factors, scaling: float, arithmetic: 
     return error(arithmetic) + error(FLOAT64)
 
 
-def unmerged_weight(weight: Tensor, factors: Factors, scaling: float, arithmetic: Arithmetic) -> Tensor:
+def unmerged_weight(
+    weight: Tensor, factors: Factors, scaling: float, arithmetic: Arithmetic, *, cycles: int = 1
+) -> Tensor:
     """The allowed |error| (d_out, d_in) of (W + s B A) - s B A, for implementations that keep no copy of W.
 
-    The error of the merge, that of the product that is taken away, and the rounding of their difference.
+    The error of the merge, that of the product that is taken away, and the rounding of their difference; of so many
+    `cycles` of merging and unmerging the sum, each at the furthest that W may have strayed by then.
     """
-    own, product = weight.double().abs(), _product(factors, scaling)
+    product, slack = _product(factors, scaling), torch.zeros_like(weight, dtype=torch.float64)
 
-    def error(arithmetic: Arithmetic) -> Tensor:
+    def error(own: Tensor, arithmetic: Arithmetic) -> Tensor:
         merge = arithmetic.growth((), 1, carried=factors.rank) * own + _product_error(factors, scaling, arithmetic, 4)
         strayed = merge + _product_error(factors, scaling, arithmetic, 3)
         last = arithmetic.growth((), 1, carried=factors.rank)
         # Taken away term by term, the product is still in the running total.
         return (1 + last) * strayed + last * own + arithmetic.growth((), 0, carried=factors.rank) * product
 
-    return error(arithmetic) + error(FLOAT64)
+    for _ in range(cycles):
+        own = weight.double().abs() + slack
+        slack = slack + (error(own, arithmetic) + error(own, FLOAT64))
+    return slack
 
 
 def vanishing(factors: Factors, scaling: float, arithmetic: Arithmetic) -> Tensor:
@@ -297,48 +255,3 @@ def _gradient_underflow(x: Tensor, grad: Tensor, weight: Tensor, factors: Factor
     through_sum = grad @ _product_underflow(factors, s) + weight.sum(0) + of_grad + d_out
     stored = 2 * s + 3
     return Gradients((s + 1) * lost.a + stored, (s + 1) * lost.b + stored, (s + 1) * lost.x + through_sum + stored)
-
-
-class Deviation(NamedTuple):
-    """Where a computation strays furthest, as a multiple of what it may: at its index, the values, and `ratio`."""
-
-    at: tuple[int, ...]
-    found: float
-    wanted: float
-    error: float
-    allowed: float
-
-    @property
-    def ratio(self) -> float:
-        """error / allowed: above 1 the computation is not an honest rounding of the definition."""
-        if self.error == 0:
-            return 0.0
-        # Not by <=: an infinite error is within no bound, and nothing is within one that is no number.
-        return self.error / self.allowed if self.allowed > 0 and math.isfinite(self.error) else math.inf
-
-
-@torch.no_grad()
-def worst(found: Tensor, wanted: Tensor, allowed: Tensor | float = 0.0) -> Deviation:
-    """Where |found - wanted| is largest beside `allowed` (0: must be equal); a NaN that was not wanted is infinite.
-
-    Raises ValueError when the shapes differ.
-    """
-    if found.shape != wanted.shape:
-        raise ValueError(f"shapes differ: found {tuple(found.shape)}, wanted {tuple(wanted.shape)}")
-    if found.numel() == 0:
-        return Deviation((), 0.0, 0.0, 0.0, 0.0)
-    found, wanted = found.double(), wanted.double()
-    limit = torch.as_tensor(allowed, dtype=torch.float64, device=wanted.device).broadcast_to(wanted.shape)
-    error = (found - wanted).abs()
-    same = (found == wanted) | (found.isnan() & wanted.isnan())
-    error = error.masked_fill(same, 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
-    ratio = (error / limit).masked_fill(same, 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
-    place = int(ratio.argmax())
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(place), wanted.shape))
-    return Deviation(index, *(float(values.flatten()[place]) for values in (found, wanted, error, limit)))
-
-
-@torch.no_grad()
-def visibility(effect: Tensor, allowed: Tensor) -> float:
-    """How surely a dropped adapter would be seen: the largest |effect| / (2·allowed); at 1 or less it could pass."""
-    return float((effect.abs() / (2 * allowed)).nan_to_num().max()) if effect.numel() else 0.0

@@ -1,8 +1,4 @@
-"""LoRA on nn.MultiheadAttention: its definition in float64, and how far an honest computation may stray from it.
-
-Concat over heads of softmax(q kᵀ / sqrt(head_dim)) v, through an output projection (Vaswani et al. 2017, arXiv
-1706.03762, section 3.2), with W + s B A for the weight of both projections, that of query, key and value and that of
-the output (Hu et al. 2021, arXiv 2106.09685, section 4.2). Shapes: d is embed_dim, (n, length, d) a batch.
+"""How far an honest computation of LoRA on nn.MultiheadAttention may stray from its definition.
 
 The bounds carry each number's allowed error from step to step (a running error analysis: Higham, Accuracy and
 Stability of Numerical Algorithms (2nd ed.), section 3.3). The projections' are those of `lora_bench.bounds`.
@@ -15,125 +11,26 @@ lies in [0, 1]. With a single key the adapter has no effect through query and ke
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from lora_bench import bounds, definition
+from lora_bench.attention.definition import Adapted, Attended, Gradients, Inputs, Projection, joined, split
 from lora_bench.bounds import FLOAT64, Arithmetic
-from lora_bench.spec import Factors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from torch import nn
 
 BLOCK = 16  # keys; torch's and FlashAttention's kernels take 16 to 512 at a time
 HOPELESS = 300.0  # an error of a logit that says nothing of its probability, and whose exponential does not overflow
 
 
-class Inputs(NamedTuple):
-    """What attention is called with: query (n, length, d), key and value (n, source, d).
-
-    mask (length, source) is bool, as nn.MultiheadAttention's attn_mask: True where a query may not look. It must leave
-    each query a key.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None = None
-
-
-class Projection(NamedTuple):
-    """A linear layer with its adapter: what `definition.forward` takes after x."""
-
-    weight: Tensor
-    bias: Tensor | None
-    factors: Factors
-    scaling: float
-
-    @property
-    def thirds(self) -> list[Projection]:
-        """Of in_proj, those of query, key and value, which share A."""
-        biases = (None,) * 3 if self.bias is None else self.bias.chunk(3)
-        parts = zip(self.weight.chunk(3), biases, self.factors.b.chunk(3), strict=True)
-        return [Projection(weight, bias, Factors(self.factors.a, b), self.scaling) for weight, bias, b in parts]
-
-
-class Adapted(NamedTuple):
-    """An nn.MultiheadAttention with adapters: in_proj's weight is (3 d, d), out_proj's (d, d)."""
-
-    in_proj: Projection
-    out_proj: Projection
-    heads: int
-
-    @classmethod
-    def of(cls, base: nn.MultiheadAttention, factors: tuple[Factors, Factors], scaling: float) -> Self:
-        """That of a base (its parameters are copied) and the factors of in_proj, a (r, d) and b (3 d, r), and out_proj.
-
-        With a scaling of 0 it is the base. Raises ValueError for a base whose key or value has another size than query.
-        """
-        state = {name: parameter.clone() for name, parameter in base.state_dict().items()}
-        if "in_proj_weight" not in state:
-            raise ValueError(
-                f"query, key and value must be of one size, got {base.embed_dim}, {base.kdim}, {base.vdim}"
-            )
-        into = Projection(state["in_proj_weight"], state.get("in_proj_bias"), factors[0], scaling)
-        out = Projection(state["out_proj.weight"], state.get("out_proj.bias"), factors[1], scaling)
-        return cls(into, out, base.num_heads)
-
-
-class Attended(NamedTuple):
-    """output (n, length, d) and weights (n, length, source), the mean over heads; or the allowed |error| of each."""
-
-    output: Tensor
-    weights: Tensor
-
-
-class Gradients(NamedTuple):
-    """Those of in_proj's and of out_proj's factors, and of query, key and value; or the allowed |error| of each.
-
-    Where one tensor is several of query, key and value, its gradient is their sum, and so is its bound.
-    """
-
-    in_a: Tensor
-    in_b: Tensor
-    out_a: Tensor
-    out_b: Tensor
-    query: Tensor
-    key: Tensor
-    value: Tensor
-
-
-def forward(inputs: Inputs, layer: Adapted) -> Attended:
-    """Multi-head attention with W + s B A for both weights, in float64."""
-    parts = zip(inputs[:3], layer.in_proj.thirds, strict=True)
-    query, key, value = (_split(definition.forward(x, *part), layer.heads) for x, part in parts)
-    logits = query @ key.mT / math.sqrt(query.shape[-1])
-    if inputs.mask is not None:
-        logits = logits.masked_fill(inputs.mask, -math.inf)
-    weights = logits.softmax(-1)
-    return Attended(definition.forward(_joined(weights @ value), *layer.out_proj), weights.mean(1))
-
-
-def gradients(inputs: Inputs, grad: Tensor, layer: Adapted) -> Gradients:
-    """The gradients of a loss whose gradient at the output is `grad` (n, length, d): autograd's, of `forward`."""
-    into, out, heads = layer
-    tensors = (into.factors.a, into.factors.b, out.factors.a, out.factors.b, *inputs[:3])
-    leaves = [tensor.detach().double().clone().requires_grad_() for tensor in tensors]
-    in_a, in_b, out_a, out_b, query, key, value = leaves
-    into, out = into._replace(factors=Factors(in_a, in_b)), out._replace(factors=Factors(out_a, out_b))
-    with torch.enable_grad():
-        output = forward(Inputs(query, key, value, inputs.mask), Adapted(into, out, heads)).output
-    return Gradients(*torch.autograd.grad(output, leaves, grad.double()))
-
-
 def bound(inputs: Inputs, layer: Adapted, arithmetic: Arithmetic) -> Attended:
     """The allowed |error|, however each projection is computed: as base and adapter, or through a merged weight."""
-    return _attended(inputs, layer, arithmetic, _either).allowed
+    return _attended(inputs, layer, arithmetic, bounds.either).allowed
 
 
 def merged_bound(inputs: Inputs, layer: Adapted, arithmetic: Arithmetic) -> Attended:
@@ -146,9 +43,9 @@ def gradient_bounds(inputs: Inputs, grad: Tensor, layer: Adapted, arithmetic: Ar
 
     Those take sum(context · its gradient) for sum(p · its gradient) in the derivative of the softmax.
     """
-    at = _attended(inputs, layer, arithmetic, _either)
+    at = _attended(inputs, layer, arithmetic, bounds.either)
     out_a, out_b, coming = _slopes(at.context.map(_rows), _exact(_rows(grad)), layer.out_proj, arithmetic)
-    context, coming = (own.map(lambda t: _split(t.view_as(grad), layer.heads)) for own in (at.context, coming))
+    context, coming = (own.map(lambda t: split(t.view_as(grad), layer.heads)) for own in (at.context, coming))
     for_weights = product(coming, at.value.turned, arithmetic, 2)
     common = _common(at.weights, for_weights, coming, context, arithmetic)
     around = Estimate(for_weights.value - common.value, for_weights.error + common.error)
@@ -162,7 +59,7 @@ def gradient_bounds(inputs: Inputs, grad: Tensor, layer: Adapted, arithmetic: Ar
         product(at.weights.turned, coming, arithmetic, 2),
     )
     # One layer whose rows are those of query, key and value, each with a gradient at its own third of the outputs.
-    grads = Estimate(*(torch.block_diag(*(_rows(_joined(t)) for t in each)) for each in zip(*slopes, strict=True)))
+    grads = Estimate(*(torch.block_diag(*(_rows(joined(t)) for t in each)) for each in zip(*slopes, strict=True)))
     x = _exact(torch.cat([_rows(own) for own in inputs[:3]]))
     in_a, in_b, of_x = _slopes(x, grads, layer.in_proj, arithmetic)
     shares = of_x.error.split([len(_rows(own)) for own in inputs[:3]])
@@ -204,7 +101,7 @@ class _Attended(NamedTuple):
 def _attended(inputs: Inputs, layer: Adapted, arithmetic: Arithmetic, project: Callable[..., Tensor]) -> _Attended:
     def projected(x: Tensor, part: Projection) -> Estimate:
         error = project(_rows(x), *part, arithmetic).view_as(x)
-        return Estimate(definition.forward(x, *part), error).map(lambda t: _split(t, layer.heads))
+        return Estimate(definition.forward(x, *part), error).map(lambda t: split(t, layer.heads))
 
     query, key, value = map(projected, inputs[:3], layer.in_proj.thirds)
     scale = math.sqrt(query.value.shape[-1])
@@ -212,7 +109,7 @@ def _attended(inputs: Inputs, layer: Adapted, arithmetic: Arithmetic, project: C
     # logits are stored.
     logits = product(query, key.turned, arithmetic, 6).map(lambda t: t / scale)
     weights = softmax(logits, inputs.mask, arithmetic)
-    context = product(weights, value, arithmetic, 1).map(_joined)
+    context = product(weights, value, arithmetic, 1).map(joined)
     # The projection's own error at the largest input that there may be, and what the input's becomes.
     out = layer.out_proj
     output = project(_rows(context.most), *out, arithmetic).view_as(context.value)
@@ -321,21 +218,6 @@ def _slopes(
 def _growth(arithmetic: Arithmetic, sums: tuple[int, ...], roundings: int) -> float:
     """What a computation errs by, and the definition in float64."""
     return arithmetic.growth(sums, roundings) + FLOAT64.growth(sums, roundings)
-
-
-def _either(x: Tensor, *layer: object) -> Tensor:
-    """The larger bound of a projection, as base and adapter or through a merged weight."""
-    return torch.maximum(bounds.separate(x, *layer), bounds.merged(x, *layer))  # type: ignore[arg-type]
-
-
-def _split(x: Tensor, heads: int) -> Tensor:
-    """(n, length, d) -> (n, heads, length, head_dim)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _joined(x: Tensor) -> Tensor:
-    """(n, heads, length, head_dim) -> (n, length, d)."""
-    return x.transpose(1, 2).flatten(2)
 
 
 def _rows(x: Tensor) -> Tensor:
