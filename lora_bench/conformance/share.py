@@ -1,4 +1,4 @@
-"""Judging on several cores: the kinds of base layer are shared out among processes."""
+"""Judging on several cores: the checks are shared out among processes."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def sharing(
 ) -> Iterator[Callable[[Check], Verdict]]:
     """What gives the verdicts that other processes reach by `judge`, one process for each core.
 
-    `checks` are all that may be asked for. Those about one kind of base layer are judged by one process, in their
-    order, since they build on each other. One that the subject brings down leaves "fails" for the check that it had in
-    hand, and "blocked" for the rest of its own. Where a process cannot safely be forked it is `judge` itself.
+    `checks` are all that may be asked for. Those of one theme about one kind of base layer are judged by one process,
+    in their order, since they build on each other. One that the subject brings down leaves "fails" for the check that
+    it had in hand, and "blocked" for the rest of its own. Where a process cannot safely be forked it is `judge` itself.
     """
     if sys.platform != "linux":  # elsewhere not once a framework is loaded
         yield judge
@@ -39,14 +39,18 @@ def sharing(
 
 
 def _shares(checks: Sequence[Check], number: int) -> list[list[Check]]:
-    """The checks in at most so many parts of about equal effort, those about one kind together."""
-    effort: dict[str, float] = {}
+    """The checks in at most so many parts of about equal effort, those of one theme and kind together."""
+    effort: dict[tuple[str, str], float] = {}
     for check in checks:
-        effort[check.kind] = effort.get(check.kind, 0.0) + check.effort
-    parts: list[set[str]] = [set() for _ in range(min(number, len(effort)))]
-    for kind in sorted(effort, key=effort.__getitem__, reverse=True):
-        min(parts, key=lambda part: sum(map(effort.__getitem__, part))).add(kind)
-    return [[check for check in checks if check.kind in part] for part in parts]
+        effort[_together(check)] = effort.get(_together(check), 0.0) + check.effort
+    parts: list[set[tuple[str, str]]] = [set() for _ in range(min(number, len(effort)))]
+    for group in sorted(effort, key=effort.__getitem__, reverse=True):
+        min(parts, key=lambda part: sum(map(effort.__getitem__, part))).add(group)
+    return [[check for check in checks if _together(check) in part] for part in parts]
+
+
+def _together(check: Check) -> tuple[str, str]:
+    return check.id.partition(".")[0], check.kind
 
 
 class _Judge:
