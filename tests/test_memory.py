@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_bench.bench import memory, nvml
+from lora_bench.bench import memory
 from lora_bench.bench.arm import Arm, Step
 from lora_bench.bench.isolate import stream
-from lora_bench.bench.nvml import Unavailable
 from lora_bench.models.bases import base_layer, missing
 from lora_bench.models.routing import Routed, Router
 from lora_bench.reference import REFERENCE, LoraLinear
@@ -145,7 +142,7 @@ def test_the_resident_peak_sees_what_the_step_allocates_and_nothing_before_it() 
 def test_a_cpu_has_no_device_memory_and_inference_saves_nothing() -> None:
     peaks = memory.peak_memory(arm_of(nn.Linear(2, 2)), Step(lambda: None), "cpu", train=False)
 
-    for name in ("allocated_peak_bytes", "reserved_peak_bytes", "nvml_process_bytes"):
+    for name in memory.DEVICE_QUANTITIES:
         assert peaks[name] == "unavailable (the device is the CPU)"
     assert peaks["saved_tensor_bytes"] == "unavailable (nothing is saved to infer)"
     assert peaks["parameter_bytes"] == 4 * (2 * 2 + 2)
@@ -189,73 +186,6 @@ def test_the_mark_is_read_in_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     peaks = memory.peak_memory(arm_of(nn.Linear(2, 2)), Step(lambda: None), "cpu", train=False)
 
     assert peaks["resident_peak_bytes"] == 12 * 1024
-
-
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is asked of torch.cuda, in order, on a device that exists only here."""
-    journal: list[str] = []
-
-    def note(name: str, answer: object = None) -> None:
-        def function(device: str = "") -> object:
-            journal.append(f"{name} {device}".strip())
-            return answer
-
-        monkeypatch.setattr(torch.cuda, name, function)
-
-    monkeypatch.setattr(gc, "collect", lambda: journal.append("collect"))
-    note("synchronize")
-    note("empty_cache")
-    note("reset_peak_memory_stats")
-    note("max_memory_allocated", 10 * MIB)
-    note("max_memory_reserved", 20 * MIB)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"uuid of {device}"))
-    return journal
-
-
-@pytest.mark.parametrize(
-    ("in_nvml", "shown", "attribution"),
-    [
-        (30 * MIB, 30 * MIB, "pid"),
-        (Unavailable("no driver"), "unavailable (no driver)", "torch-only"),
-    ],
-)
-def test_a_cuda_device_s_peaks_are_the_step_s_own(
-    cuda: list[str], monkeypatch: pytest.MonkeyPatch, in_nvml: int | Unavailable, shown: int | str, attribution: str
-) -> None:
-    monkeypatch.setattr(nvml, "process_bytes", {"uuid of cuda:1": in_nvml}.__getitem__)
-    step = Step(lambda: cuda.append("run"), prepare=lambda: cuda.append("prepare"))
-    peaks = memory.peak_memory(arm_of(nn.Linear(2, 2)), step, "cuda:1", train=False)
-
-    assert peaks == {
-        "parameter_bytes": 24,
-        "allocated_peak_bytes": 10 * MIB,
-        "reserved_peak_bytes": 20 * MIB,
-        "nvml_process_bytes": shown,
-        "resident_peak_bytes": "unavailable (measured on the device instead)",
-        "attribution": attribution,
-        "saved_tensor_bytes": "unavailable (nothing is saved to infer)",
-    }
-    assert cuda == [
-        "prepare",
-        "run",
-        "prepare",
-        "collect",
-        "synchronize cuda:1",
-        "empty_cache",
-        "reset_peak_memory_stats cuda:1",
-        "run",
-        "synchronize cuda:1",
-        "max_memory_allocated cuda:1",
-        "max_memory_reserved cuda:1",
-    ]
-
-
-def test_training_tells_what_it_saves_after_the_peaks(cuda: list[str], example: Example) -> None:
-    peaks = memory.peak_memory(arm_of(example.model), example.step(), "cuda", train=True)
-
-    assert peaks["saved_tensor_bytes"] == 4 * (5 * 3 + 5 * 4)
-    assert cuda[-1] == "max_memory_reserved cuda"
 
 
 def test_pooled_adapters_are_counted() -> None:

@@ -1,105 +1,96 @@
-"""NVML's probes on a fake library: a value, or why there is none."""
+"""NVML's probes beside their faults (test_nvml_faults.py): how a device is found, and that nothing is left behind."""
 
-from types import SimpleNamespace
-from typing import Any
+from __future__ import annotations
+
+import os
+import pickle
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import pynvml
 import pytest
 
 from lora_bench.bench import nvml
-from lora_bench.bench.nvml import Unavailable
+from lora_bench.bench.nvml import GpuLost, Unavailable
+from tests.fake_nvml import install
+
+if TYPE_CHECKING:
+    from tests.fake_nvml import PythonLibrary
 
 UUID = "0c9f0d9e-1111-2222-3333-444455556666"
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """NVML functions by name, without a driver: replace an entry to change an answer."""
-    answers: dict[str, Any] = {
-        "nvmlInit": lambda: None,
-        "nvmlShutdown": lambda: None,
-        "nvmlDeviceGetHandleByUUID": lambda uuid: uuid,
-        "nvmlDeviceGetComputeRunningProcesses": lambda _handle: [SimpleNamespace(pid=7, usedGpuMemory=3 << 30)],
-        "nvmlSystemGetDriverVersion": lambda: "580.1",
-        "nvmlDeviceGetEnforcedPowerLimit": lambda _handle: 700_000,
-    }
-    for name in answers:
-        monkeypatch.setattr(pynvml, name, lambda *arguments, _name=name: answers[_name](*arguments))
-    return answers
+def library(monkeypatch: pytest.MonkeyPatch) -> PythonLibrary:
+    monkeypatch.setattr(pynvml, "_nvmlLib_refcount", 0)
+    return install(monkeypatch)
 
 
-def fails(code: int) -> Any:
-    def function(*_arguments: object) -> None:
-        raise pynvml.NVMLError(code)
+def test_a_probe_is_about_this_process_unless_told_otherwise(library: PythonLibrary) -> None:
+    library.set("pid 0", os.getpid())
+    library.set("accounted pid", os.getpid())
 
-    return function
-
-
-def test_memory_of_this_process_is_found_by_its_pid(driver: dict[str, Any]) -> None:
-    assert nvml.process_bytes(UUID, pid=7) == 3 << 30
+    assert nvml.process_bytes("GPU-one") == 2 << 30
+    assert nvml.accounting_peak_bytes("GPU-one") == 5 << 30
 
 
-def test_the_device_is_found_by_uuid_with_nvml_s_prefix(driver: dict[str, Any]) -> None:
+def test_the_device_is_found_by_uuid_with_nvml_s_prefix(
+    library: PythonLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[str] = []
-    driver["nvmlDeviceGetHandleByUUID"] = seen.append
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", seen.append)
     nvml.driver_version(UUID)
     nvml.driver_version(f"MIG-{UUID}")
+    nvml.driver_version(f"GPU-{UUID}")
 
-    assert seen == [f"GPU-{UUID}", f"MIG-{UUID}"]
-
-
-def test_values_come_in_the_units_of_their_names(driver: dict[str, Any]) -> None:
-    assert nvml.power_limit_watts(UUID) == 700.0
-    assert nvml.driver_version(UUID) == "580.1"
+    assert seen == [f"GPU-{UUID}", f"MIG-{UUID}", f"GPU-{UUID}"]
 
 
-@pytest.mark.parametrize(
-    ("function", "answer", "reason"),
-    [
-        ("nvmlInit", fails(pynvml.NVML_ERROR_DRIVER_NOT_LOADED), "NVML: Driver Not Loaded"),
-        ("nvmlDeviceGetHandleByUUID", fails(pynvml.NVML_ERROR_NOT_FOUND), "NVML: Not Found"),
-        (
-            "nvmlDeviceGetComputeRunningProcesses",
-            fails(pynvml.NVML_ERROR_NO_PERMISSION),
-            "NVML: Insufficient Permissions",
-        ),
-        ("nvmlDeviceGetComputeRunningProcesses", fails(pynvml.NVML_ERROR_GPU_IS_LOST), "NVML: GPU is lost"),
-        (
-            "nvmlDeviceGetComputeRunningProcesses",
-            lambda _handle: [SimpleNamespace(pid=1, usedGpuMemory=5)],
-            "NVML: process 7 is not among [1]: in a container NVML shows host pids",
-        ),
-        (
-            "nvmlDeviceGetComputeRunningProcesses",
-            lambda _handle: [SimpleNamespace(pid=7, usedGpuMemory=None)],
-            "NVML: the driver does not tell memory by process here",
-        ),
-        (
-            "nvmlDeviceGetComputeRunningProcesses",
-            lambda _handle: [SimpleNamespace(pid=7, usedGpuMemory=2**64 - 1)],
-            "NVML: the driver does not tell memory by process here",
-        ),
-    ],
-)
-def test_what_cannot_be_read_is_unavailable_with_the_reason(
-    driver: dict[str, Any], function: str, answer: Any, reason: str
+@pytest.mark.parametrize("code", [0, pynvml.NVML_ERROR_UNKNOWN, pynvml.NVML_ERROR_GPU_IS_LOST])
+def test_nvml_is_shut_down_whatever_a_probe_gives(library: PythonLibrary, code: int) -> None:
+    library.fault("nvmlDeviceGetTotalEnergyConsumption", code, 0, 1)
+    with suppress(GpuLost):
+        nvml.joules("GPU-one")
+
+    assert pynvml._nvmlLib_refcount == 0
+
+
+def test_held_keeps_nvml_loaded_between_probes(library: PythonLibrary) -> None:
+    with nvml.held():
+        assert pynvml._nvmlLib_refcount == 1
+        nvml.joules("GPU-one")
+        assert pynvml._nvmlLib_refcount == 1
+    assert pynvml._nvmlLib_refcount == 0
+
+
+def test_a_binding_without_a_function_makes_it_unavailable(
+    library: PythonLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    driver[function] = answer
+    monkeypatch.delattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption")
 
-    assert nvml.process_bytes(UUID, pid=7) == Unavailable(reason)
-
-
-def test_nvml_is_shut_down_also_after_an_error(driver: dict[str, Any]) -> None:
-    shut = []
-    driver["nvmlShutdown"] = lambda: shut.append(1)
-    driver["nvmlDeviceGetComputeRunningProcesses"] = fails(pynvml.NVML_ERROR_UNKNOWN)
-    nvml.process_bytes(UUID, pid=7)
-
-    assert shut == [1]
+    assert nvml.joules("GPU-one") == Unavailable(
+        "NVML: this release of nvidia-ml-py has no nvmlDeviceGetTotalEnergyConsumption"
+    )
 
 
-def test_without_a_driver_the_real_library_says_so() -> None:
+def test_a_lost_device_says_which_and_where_also_after_a_pipe() -> None:
+    lost = pickle.loads(pickle.dumps(GpuLost("GPU-one", "nvmlInit", "GPU is lost")))  # noqa: S301  # our own bytes
+
+    assert (lost.uuid, lost.call, lost.reason) == ("GPU-one", "nvmlInit", "GPU is lost")
+    assert str(lost) == "GPU is lost: device GPU-one, in nvmlInit"
+
+
+def test_what_is_unavailable_reads_as_such_and_is_no_number() -> None:
+    value = Unavailable("NVML: Not Supported", 3)
+
+    assert str(value) == "unavailable (NVML: Not Supported)"
+    assert pickle.loads(pickle.dumps(value)) == value  # noqa: S301  # our own bytes
+    assert Unavailable("no number of NVML's").code is None
+
+
+def test_the_real_library_knows_no_such_device_or_is_not_there() -> None:
     value = nvml.process_bytes(UUID)
 
-    assert isinstance(value, (int, Unavailable))
-    assert value != 0
+    assert isinstance(value, Unavailable)
+    assert str(value).startswith("unavailable (NVML: ")
+    assert value.code

@@ -19,23 +19,44 @@ if TYPE_CHECKING:
 
     from lora_bench.bench.arm import Arm, Step
 
+DEVICE_QUANTITIES = (
+    *("allocated_peak_bytes", "reserved_peak_bytes", "nvml_process_bytes", "nvml_device_delta_bytes"),
+    *("accounting_peak_bytes", "context_bytes"),
+)
+NO_GPU = Unavailable("the device is the CPU")
+NOT_READ = Unavailable("the device's use was not read before the process's work")
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def peak_memory(arm: Arm, step: Step, device: str, *, train: bool) -> dict[str, Any]:
+def peak_memory(
+    arm: Arm, step: Step, device: str, *, train: bool, used_before: int | Unavailable = NOT_READ
+) -> dict[str, Any]:
     """Bytes by quantity, each a number or the reason why there is none; the first call of `step` only warms up.
 
-    CUDA: torch's allocated and reserved peaks, and NVML's count of this process right after the step. CPU: the
-    resident set's peak during the step, from the kernel. Both: parameters, and for training what autograd saved for
-    backward beyond the parameters. `attribution` says whose count it is: this process's ("pid"), or torch's alone.
+    CUDA: torch's allocated and reserved peaks; by NVML, right after the step, this process's bytes, how far the
+    device's use has grown since `used_before` (`device_used_bytes` before the process did anything), and the peak of
+    the process's whole life, where accounting is on; `context_bytes` is what NVML counts beyond torch's reserve now:
+    the context, kernels and libraries' workspaces. CPU: the resident set's peak during the step, from the kernel. Both:
+    parameters, and for training what autograd saved for backward beyond the parameters.
+
+    `attribution` says whose count the best figure for the process is: the driver's "accounting", NVML's by this
+    process's "pid" or for the only process there is ("sole-process": in a container NVML knows it by another pid), the
+    growth of the whole device ("device-delta"), or "torch-only". Raises GpuLost.
     """
     step.prepare()
     step.run()
     found: dict[str, Any] = {"parameter_bytes": parameter_bytes(arm.model)}
-    measure = _cuda_peaks if device.startswith("cuda") else _resident_peaks
-    found |= measure(step, device)
+    found |= _cuda_peaks(step, device, used_before) if device.startswith("cuda") else _resident_peaks(step)
     found["saved_tensor_bytes"] = saved_tensor_bytes(arm, step) if train else Unavailable("nothing is saved to infer")
     return {name: str(value) if isinstance(value, Unavailable) else value for name, value in found.items()}
+
+
+def device_used_bytes(device: str) -> int | Unavailable:
+    """Bytes in use on a CUDA device now, by all processes together."""
+    if not device.startswith("cuda"):
+        return NO_GPU
+    memory = nvml.memory(device_uuid(device))
+    return memory if isinstance(memory, Unavailable) else memory.used
 
 
 def parameter_bytes(model: nn.Module) -> int:
@@ -71,7 +92,7 @@ def saved_tensor_bytes(arm: Arm, step: Step) -> int:
     return sum(size for size, _ in saved.values())
 
 
-def _cuda_peaks(step: Step, device: str) -> dict[str, Any]:
+def _cuda_peaks(step: Step, device: str, used_before: int | Unavailable) -> dict[str, Any]:
     step.prepare()
     gc.collect()
     torch.cuda.synchronize(device)
@@ -79,28 +100,64 @@ def _cuda_peaks(step: Step, device: str) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats(device)
     step.run()
     torch.cuda.synchronize(device)
-    in_nvml = nvml.process_bytes(device_uuid(device))
+    in_nvml = _nvml_bytes(device, torch.cuda.memory_reserved(device), used_before)
     return {
         "allocated_peak_bytes": torch.cuda.max_memory_allocated(device),
         "reserved_peak_bytes": torch.cuda.max_memory_reserved(device),
-        "nvml_process_bytes": in_nvml,
         "resident_peak_bytes": Unavailable("measured on the device instead"),
-        "attribution": "torch-only" if isinstance(in_nvml, Unavailable) else "pid",
+        **in_nvml,
     }
 
 
-def _resident_peaks(step: Step, _device: str) -> dict[str, Any]:
+def _nvml_bytes(device: str, reserved: int, used_before: int | Unavailable) -> dict[str, Any]:
+    """What NVML counts now, while torch has `reserved` bytes."""
+    uuid = device_uuid(device)
+    process, attribution = _own_process(uuid, reserved)
+    delta = _growth(used_before, device_used_bytes(device))
+    peak = nvml.accounting_peak_bytes(uuid)
+    if not isinstance(peak, Unavailable):
+        attribution = "accounting"
+    elif isinstance(process, Unavailable):
+        attribution = "torch-only" if isinstance(delta, Unavailable) else "device-delta"
+    return {
+        "nvml_process_bytes": process,
+        "nvml_device_delta_bytes": delta,
+        "accounting_peak_bytes": peak,
+        "context_bytes": process if isinstance(process, Unavailable) else process - reserved,
+        "attribution": attribution,
+    }
+
+
+def _own_process(uuid: str, reserved: int) -> tuple[int | Unavailable, str]:
+    """NVML's count for this process, and by what it was known; never fewer bytes than torch has reserved."""
+    counted, known_by = nvml.process_bytes(uuid), "pid"
+    if isinstance(counted, Unavailable):
+        others = nvml.processes(uuid)
+        if isinstance(others, Unavailable) or len(others) != 1 or None in others.values():
+            return counted, known_by
+        counted, known_by = next(bytes_ for bytes_ in others.values() if bytes_ is not None), "sole-process"
+    if counted < reserved:
+        return Unavailable(f"NVML counts {counted:,} bytes for it, and torch alone has reserved {reserved:,}"), known_by
+    return counted, known_by
+
+
+def _growth(before: int | Unavailable, after: int | Unavailable) -> int | Unavailable:
+    if isinstance(before, Unavailable):
+        return before
+    if isinstance(after, Unavailable):
+        return after
+    grown = after - before
+    return grown if grown >= 0 else Unavailable(f"the device's use fell by {-grown:,} bytes: others share it")
+
+
+def _resident_peaks(step: Step) -> dict[str, Any]:
     step.prepare()
     gc.collect()
     _return_freed_memory()
-    reset = _reset_resident_peak()
+    reset = reset_resident_peak()
     step.run()
-    no_gpu = Unavailable("the device is the CPU")
-    return {
-        "allocated_peak_bytes": no_gpu,
-        "reserved_peak_bytes": no_gpu,
-        "nvml_process_bytes": no_gpu,
-        "resident_peak_bytes": _resident_peak() if reset is None else reset,
+    return dict.fromkeys(DEVICE_QUANTITIES, NO_GPU) | {
+        "resident_peak_bytes": resident_peak() if reset is None else reset,
         "attribution": "pid",
     }
 
@@ -112,7 +169,7 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
-def _reset_resident_peak() -> Unavailable | None:
+def reset_resident_peak() -> Unavailable | None:
     """Set the kernel's peak mark of this process to its present resident set (proc(5), clear_refs, value 5)."""
     try:
         CLEAR.write_text("5")
@@ -121,7 +178,8 @@ def _reset_resident_peak() -> Unavailable | None:
     return None
 
 
-def _resident_peak() -> int | Unavailable:
+def resident_peak() -> int | Unavailable:
+    """The kernel's peak mark of this process, in bytes."""
     try:
         lines = STATUS.read_text().splitlines()
     except OSError as error:
