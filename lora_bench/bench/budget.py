@@ -1,0 +1,216 @@
+"""`Budget`: the memory that training or running an adapted model takes, worked out and not measured.
+
+Every term is a product of sizes, read off transformers' Llama, our reference layers and torch's AdamW; no constant is
+fitted. What is left out: what an allocator rounds up and keeps, what libraries take beside torch's tensors (cuBLAS,
+oneDNN; on a CPU without bf16 instructions oneDNN makes float32 copies), and the context, where it is not given.
+Sources: Hu et al. 2021 (arXiv 2106.09685) for LoRA, Dettmers et al. 2023 (arXiv 2305.14314) for NF4 with double
+quantisation, Chen et al. 2016 (arXiv 1604.06174) for checkpointing.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from lora_bench.bench.activations import FP32, Term, checkpointed, saved, total_bytes, transient
+from lora_bench.models.shapes import Shapes, shapes
+
+MODES = ("lora", "rslora", "qlora", "full")
+"""rsLoRA differs from LoRA in its scaling alone, and costs the same; full is the model without adapters."""
+PHASES = ("train", "prefill", "decode")
+DEVICES = ("cpu", "cuda")
+ITEMSIZES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
+BLOCK, NESTED_BLOCK = 64, 256  # weights per statistic of NF4, and statistics per statistic of those
+INT32 = 4
+CHUNK = 2**17  # weights that `Nf4Linear` dequantises at a time on a CPU
+
+
+class Budget(NamedTuple):
+    """Bytes by what they are for.
+
+    weights: parameters and buffers of the model, 4-bit codes among them. quantisation_constants: the statistics of
+    NF4's blocks. adapters: every A and B. gradients: of what trains, and what the optimiser's step takes beside them.
+    optimiser: its state. activations: what is saved for backward; to infer, the most that is alive at once. kv_cache:
+    keys and values. workspace: the most that one operation of the backward takes beside. context: what the device's
+    driver keeps, as it was given.
+    """
+
+    weights: int
+    quantisation_constants: int
+    adapters: int
+    gradients: int
+    optimiser: int
+    activations: int
+    kv_cache: int
+    workspace: int
+    context: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it, which is never there at once: the activations go as the gradients come."""
+        return sum(self)
+
+    @property
+    def peak(self) -> int:
+        """The higher of two moments: the backward of the loss, and the optimiser's step.
+
+        In between there may be more where the vocabulary is small: the gradients of one layer's activations, while
+        its weights' gradients come and most activations are still there. The total bounds that too.
+        """
+        return self.total - min(self.gradients, self.activations + self.workspace)
+
+
+def budget(**choices: Any) -> Budget:
+    """The sums of `terms`, which says what may be chosen."""
+    return Budget(**{name: total_bytes(own) for name, own in terms(**choices).items()})
+
+
+def terms(
+    *,
+    model: str,
+    mode: str,
+    rank: int,
+    batch: int,
+    sequence: int,
+    dtype: str,
+    phase: str = "train",
+    adapters: int = 1,
+    targets: tuple[str, ...] = (),
+    device: str = "cpu",
+    checkpointing: bool = False,
+    context: int = 0,
+) -> dict[str, list[Term]]:
+    """The terms of each field of `Budget`.
+
+    model is a preset or a checkpoint's folder, of which only config.json is read; mode one of `MODES`. The phases are
+    those of `Workload`, and so are batch, sequence and adapters: more than one are pooled for mixed batches, beside the
+    layer's own and an empty slot. No targets are all seven linear layers of a decoder layer. With `checkpointing` each
+    decoder layer saves its input alone and computes the rest again. `device` is "cpu" or "cuda".
+
+    Raises ValueError for what is out of range, naming it, as `shapes` does for the model, and for training more than
+    one adapter.
+    """
+    size, train = shapes(model), phase == "train"
+    _check(mode, phase, dtype, device, {"rank": rank, "batch": batch, "adapters": adapters, "sequence": sequence})
+    chosen = _targets(size, mode, targets)
+    if adapters > 1 and (train or mode == "full"):
+        why = "full has no adapters" if mode == "full" else "one adapter is trained at a time"
+        raise ValueError(f"{why}, got adapters={adapters}")
+    if checkpointing and not train:
+        raise ValueError(f"checkpointing is for training, and the phase is {phase}")
+    place = {"batch": batch, "itemsize": ITEMSIZES[dtype], "rank": rank}
+    quantised = chosen if mode == "qlora" and chosen else ()
+    weights, constants = _weights(size, ITEMSIZES[dtype], quantised)
+    dequantising = _dequantising(size, ITEMSIZES[dtype], quantised, device)
+    found: dict[str, list[Term]] = {name: [] for name in Budget._fields} | {
+        "weights": weights,
+        "quantisation_constants": constants,
+        "adapters": [] if chosen is None else _adapters(size, ITEMSIZES[dtype], rank, chosen, adapters),
+        "context": [Term("given", {"bytes": context})],
+    }
+    if train:
+        tensors = size.tensors if chosen is None else size.lora_tensors(rank, chosen)
+        found |= _trained(tensors, ITEMSIZES[dtype], device)
+        decoder, besides, loss = saved(size, sequence=sequence, targets=chosen, **place)
+        logits = {"tensors": 2, "tokens": batch * sequence, "vocabulary": size.vocabulary, "bytes": FP32}
+        backward = [Term("loss, the gradients of its two parts in fp32", logits)]
+        again: list[Term] = []
+        if checkpointing:  # what the loss has saved is gone when the layers are computed again
+            decoder, again = checkpointed(size, decoder, tokens=batch * sequence, itemsize=ITEMSIZES[dtype])
+            loss, backward = [], loss + backward
+        found["activations"] = decoder + besides + loss
+        found["workspace"] = max(backward, dequantising, again, key=total_bytes)
+    else:
+        read, past = (1, sequence) if phase == "decode" else (sequence, 0)
+        cache = {"tensors": 2 * size.layers, "tokens": batch * (past + read), "kv width": size.kv_width}
+        found["kv_cache"] = [Term("keys and values", cache | {"bytes": ITEMSIZES[dtype]})]
+        found["activations"] = transient(
+            size, read=read, past=past, targets=chosen or (), pooled=adapters > 1, dequantising=dequantising, **place
+        )
+    return {name: [term for term in own if term.bytes] for name, own in found.items()}
+
+
+def _check(mode: str, phase: str, dtype: str, device: str, sizes: dict[str, int]) -> None:
+    words = (("mode", mode, MODES), ("phase", phase, PHASES), ("dtype", dtype, tuple(ITEMSIZES)))
+    for name, value, known in (*words, ("device", device, DEVICES)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    for name, number in sizes.items():
+        least = 2 if name == "sequence" else 1
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}, got {number}")
+
+
+def _targets(size: Shapes, mode: str, targets: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The layers that are adapted, or None for full fine-tuning."""
+    if mode == "full":
+        if targets:
+            raise ValueError(f"full trains everything and has no targets, got {', '.join(targets)}")
+        return None
+    chosen = targets or tuple(size.linears)
+    size.check_targets(chosen)
+    return chosen
+
+
+def _weights(size: Shapes, itemsize: int, quantised: tuple[str, ...]) -> tuple[list[Term], list[Term]]:
+    """The model's own tensors; and, of NF4 with double quantisation, the statistics of its blocks."""
+    values = {name: d_in * d_out for name, (d_in, d_out) in size.linears.items()}
+    packed = [values[name] for name in quantised]
+    each = {"layers": size.layers}
+    table = {"vocabulary": size.vocabulary, "hidden": size.hidden, "bytes": itemsize}
+    weights = [
+        Term("embeddings, which are the head" if size.tied else "embeddings", table),
+        *([] if size.tied else [Term("head", table)]),
+        Term("linear layers", each | {"weights": sum(values.values()) - sum(packed), "bytes": itemsize}),
+        Term("linear layers, 4-bit codes", each | {"weights": sum(packed), "bytes": 0.5}),
+        Term("biases", each | {"biases": sum(size.linears[name][1] for name in size.biased), "bytes": itemsize}),
+        Term("norms", {"norms": size.norms, "hidden": size.hidden, "bytes": itemsize}),
+        Term("rotary frequencies, kept twice", {"tensors": 2, "frequencies": size.head_dim // 2, "bytes": FP32}),
+    ]
+    groups = each | {"groups": sum(math.ceil(number / BLOCK / NESTED_BLOCK) for number in packed)}
+    constants = [
+        Term("absmax of each 64 weights, in 8 bits", groups | {"blocks": NESTED_BLOCK, "bytes": 1}),
+        Term("absmax of each group of those, in fp32", groups | {"bytes": FP32}),
+        Term("their mean, in fp32", each | {"linear layers": len(quantised), "bytes": FP32}),
+    ]
+    return weights, constants
+
+
+def _adapters(size: Shapes, itemsize: int, rank: int, targets: tuple[str, ...], adapters: int) -> list[Term]:
+    both = {"layers": size.layers, "rank": rank, "(d_in + d_out)": sum(sum(size.linears[name]) for name in targets)}
+    own = Term("A and B of the layers", both | {"bytes": itemsize})
+    pool = Term("A and B in the pool, one slot empty", {"slots": adapters + 1} | both | {"bytes": itemsize})
+    return [own, pool] if adapters > 1 else [own]
+
+
+def _dequantising(size: Shapes, itemsize: int, quantised: tuple[str, ...], device: str) -> list[Term]:
+    """`Nf4Linear` looks up pairs of float32 by int32, then rounds them: at once on a GPU, in chunks on a CPU."""
+    if not quantised:
+        return []
+    largest = max(math.prod(size.linears[name]) for name in quantised)
+    weights = largest if device == "cuda" else min(CHUNK, largest)
+    beside = max(INT32 / 2, 0 if itemsize == FP32 else itemsize)  # an index for two, then what they are rounded to
+    return [
+        Term("weights dequantised", {"weights": weights, "bytes": FP32 + beside}),
+        Term("their statistics, in fp32", {"blocks": math.ceil(largest / BLOCK), "bytes": FP32}),
+    ]
+
+
+def _trained(tensors: list[tuple[int, int]], itemsize: int, device: str) -> dict[str, list[Term]]:
+    """Gradients and AdamW's state of these tensors, (how many, values in each), in the parameters' own dtype.
+
+    AdamW's step takes roots of exp_avg_sq: on a GPU of all at once (foreach), on a CPU two for a tensor at a time.
+    """
+    parameters = sum(count * values for count, values in tensors)
+    largest = {"tensors": 2, "values": max(values for _, values in tensors)}
+    roots = {"parameters": parameters} if device == "cuda" else largest
+    return {
+        "gradients": [
+            Term("of what trains", {"parameters": parameters, "bytes": itemsize}),
+            Term("AdamW's step, roots of exp_avg_sq", roots | {"bytes": itemsize}),
+        ],
+        "optimiser": [
+            Term("AdamW's exp_avg and exp_avg_sq", {"moments": 2, "parameters": parameters, "bytes": itemsize}),
+            Term("AdamW's step count", {"tensors": sum(count for count, _ in tensors), "bytes": FP32}),
+        ],
+    }
