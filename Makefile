@@ -2,9 +2,11 @@
 #   make bench ARGS="--lora-device cuda"     more options for pytest
 #   make test ARGS=tests/test_bounds.py      one file of tests
 #   make test PYTHON=python3.12              another Python for a new .venv
+#   make nightly MUTANTS=1000                every mutant, and not only those that the date draws
 
 PYTHON ?= python3
 ARGS ?=
+MUTANTS ?= 40
 INSTALLED := .venv/installed
 
 .PHONY: help bench test selftest downstream nightly lint format clean
@@ -25,16 +27,18 @@ selftest: $(INSTALLED)  ## show that the checks find planted bugs and leave alon
 downstream: $(INSTALLED)  ## judge libraries that need an environment of their own (gigabytes)
 	for name in torchtune litgpt adapters keras; do downstream/run $$name || exit; done
 
-nightly: $(INSTALLED)  ## the same with 1,000 cases for each correct implementation and check, and mutation tests (hours)
-	.venv/bin/python -m lora_bench selftest --correct-examples 1000 --lora-output .lora_bench/nightly
+nightly: $(INSTALLED)  ## thousands of cases for each correct implementation, kills and resumes, some mutation tests (hours)
+	.venv/bin/python -m lora_bench selftest --correct-examples 300 --lora-output .lora_bench/nightly
+	.venv/bin/python tests/nightly/kill_and_resume.py
 	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
 	    .venv/bin/python -m pip install --editable '.[dev,nightly]'
 	rm -rf .lora_bench/mutants && mkdir -p .lora_bench/mutants
 	cp -r lora_bench tests conftest.py pyproject.toml .lora_bench/mutants    # mutated where they stand: never the checkout
-	cd .lora_bench/mutants && export PATH="$(CURDIR)/.venv/bin:$$PATH" HYPOTHESIS_PROFILE=ci OMP_NUM_THREADS=1 && \
+	cd .lora_bench/mutants && export PATH="$(CURDIR)/.venv/bin:$$PATH" PYTHONPATH=. HYPOTHESIS_PROFILE=ci OMP_NUM_THREADS=1 && \
 	    for of in definition bounds checks; do \
 	        cosmic-ray init tests/nightly/$$of.toml $$of.sqlite && \
 	        cr-filter-operators $$of.sqlite tests/nightly/$$of.toml && \
+	        python tests/nightly/draw_mutants.py $$of.sqlite $(MUTANTS) $$(date +%Y%m%d) && \
 	        cosmic-ray baseline tests/nightly/$$of.toml && \
 	        cosmic-ray exec tests/nightly/$$of.toml $$of.sqlite && \
 	        cr-report --surviving-only --show-diff $$of.sqlite || exit; \

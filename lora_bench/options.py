@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
+from lora_bench.bench.matrix import MATRICES, Matrix
+from lora_bench.bench.workload import POPULARITIES, TARGET_SETS
 from lora_bench.case import DTYPES
 
 if TYPE_CHECKING:
@@ -35,11 +38,13 @@ class Settings:
     dtype: str
     batch: int
     sequence: int
-    rank: int
-    adapters: int
+    matrix: Matrix
+    targets: str
     subjects: tuple[str, ...]
 
 
+ROOM = 16 << 20
+"""Bytes that must be free where the records go: the largest matrix with all its samples takes less."""
 SETTINGS = pytest.StashKey[Settings]()
 
 
@@ -51,21 +56,43 @@ def declare(parser: pytest.Parser) -> None:
         "--lora-subject",
         action="append",
         metavar="NAME",
-        help="implementation under test: a name, module:attr or path.py:ATTR; repeatable (default: reference and peft)",
+        help="implementation under test: a name, module:attr or path.py:ATTR; repeatable (default: those of the suite)",
     )
     group.addoption("--lora-device", default="auto", help="auto, cpu, cuda or cuda:N (default: CUDA if there is one)")
     group.addoption("--lora-model", help="a preset's name or a checkpoint's directory (default: tiny on a CPU)")
     group.addoption("--lora-dtype", help=f"{', '.join(DTYPES)} (default: fp32 on a CPU, bf16 on a GPU)")
-    group.addoption("--lora-rank", type=int, default=16, help="rank r of every adapter (default: 16)")
-    group.addoption("--lora-adapters", type=int, default=8, help="adapters sharing a batch (default: 8)")
+    group.addoption(
+        "--lora-matrix",
+        default="quick",
+        metavar="NAME",
+        help="; ".join(f"{name}: {matrix}" for name, matrix in MATRICES.items()) + " (default: quick)",
+    )
+    group.addoption("--lora-rank", type=_numbers, metavar="N,N", help="ranks r, in place of the matrix's")
+    group.addoption("--lora-adapters", type=_numbers, metavar="N,N", help="numbers of adapters that share a batch")
+    group.addoption(
+        "--lora-popularity", type=_words, metavar="HOW", help=f"{', '.join(POPULARITIES)}: how a batch asks"
+    )
+    group.addoption(
+        "--lora-targets", default="all", help=f"{', '.join(TARGET_SETS)}: the layers adapted (default: all)"
+    )
     group.addoption("--lora-batch", type=int, help="sequences in a batch (default: 8)")
     group.addoption("--lora-sequence", type=int, help="tokens of each sequence (default: 64 on a CPU, 512 on a GPU)")
     group.addoption("--lora-seconds", type=float, default=20.0, help="time for each phase's comparison (default: 20)")
+    group.addoption(
+        "--lora-energy",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="also measure joules, in a window of so many seconds for each row: 10 or more (default: 0, not at all)",
+    )
     group.addoption("--lora-output", default=".lora_bench", help="folder for what is kept (default: .lora_bench)")
     group.addoption("--lora-examples", type=int, default=60, help="cases for each conformance check (default: 60)")
     group.addoption(
-        "--lora-timeout", type=float, default=60.0, help="seconds after which a case hangs; 0: never (default: 60)"
+        "--lora-timeout",
+        type=float,
+        help="seconds after which a case of a check hangs (default: 60), or a row of a benchmark (600); 0: never",
     )
+    group.addoption("--lora-resume", metavar="RUN", help="go on with a run that was cut off: its id, or its .jsonl")
     group.addoption("--lora-baseline", metavar="FILE", help="a JSON of --benchmark-json to compare with")
 
 
@@ -84,19 +111,46 @@ def check(config: pytest.Config) -> None:
         or_usage_error(_find_subject, text)
     if option.benchmark:
         _check_benchmark(config)
-    elif option.lora_baseline is not None:
-        raise pytest.UsageError("--lora-baseline needs --benchmark: without it nothing is measured to compare")
+        _check_output(option.lora_output)
+    for name in ("baseline", "resume"):
+        if getattr(option, f"lora_{name}") is not None and not option.benchmark:
+            raise pytest.UsageError(f"--lora-{name} needs --benchmark: without it nothing is measured")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """The option type of "8,64"; what is named twice counts once."""
+    try:
+        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"wanted whole numbers with commas between them, got {text!r}") from None
+
+
+def _words(text: str) -> tuple[str, ...]:
+    """The option type of "distinct,zipf"; what is named twice counts once."""
+    return tuple(dict.fromkeys(text.split(",")))
 
 
 def _check_values(option: argparse.Namespace) -> None:
     for name in ("rank", "adapters", "batch", "sequence", "examples"):
-        value, least = getattr(option, f"lora_{name}"), 2 if name == "sequence" else 1
-        if value is not None and value < least:
-            raise pytest.UsageError(f"--lora-{name} must be at least {least}, got {value}")
-    if option.lora_dtype not in (None, *DTYPES):
-        raise pytest.UsageError(f"--lora-dtype must be one of {', '.join(DTYPES)}, got {option.lora_dtype!r}")
-    if not option.lora_timeout >= 0:
+        given, least = getattr(option, f"lora_{name}"), 2 if name == "sequence" else 1
+        for value in given if isinstance(given, tuple) else (given,):
+            if value is not None and value < least:
+                raise pytest.UsageError(f"--lora-{name} must be at least {least}, got {value}")
+    for name, known in (("dtype", tuple(DTYPES)), ("matrix", tuple(MATRICES)), ("targets", tuple(TARGET_SETS))):
+        value = getattr(option, f"lora_{name}")
+        if value not in (None, *known):
+            raise pytest.UsageError(f"--lora-{name} must be one of {', '.join(known)}, got {value!r}")
+    for value in option.lora_popularity or ():
+        if value not in POPULARITIES:
+            raise pytest.UsageError(f"--lora-popularity must be among {', '.join(POPULARITIES)}, got {value!r}")
+    _check_seconds(option)
+
+
+def _check_seconds(option: argparse.Namespace) -> None:
+    if option.lora_timeout is not None and not option.lora_timeout >= 0:
         raise pytest.UsageError(f"--lora-timeout must be at least 0, got {option.lora_timeout:g}")
+    if option.lora_energy != 0 and not option.lora_energy >= 10:
+        raise pytest.UsageError(f"--lora-energy must be 0 or at least 10 seconds, got {option.lora_energy:g}")
     if not option.lora_seconds > 0:
         raise pytest.UsageError(f"--lora-seconds must be above 0, got {option.lora_seconds:g}")
 
@@ -112,13 +166,21 @@ def _check_benchmark(config: pytest.Config) -> None:
             raise pytest.UsageError(
                 f"--benchmark takes its samples before pytest-benchmark sees them: drop --benchmark-{name}"
             )
+
+
+def _check_output(folder: str) -> None:
+    """Raise where nothing can be kept, before there is something to lose."""
     try:
-        Path(option.lora_output).mkdir(parents=True, exist_ok=True)
-        probe = Path(option.lora_output) / f".writable-{os.getpid()}"
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        probe = Path(folder) / f".writable-{os.getpid()}"
         probe.touch()
         probe.unlink()
+        free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise pytest.UsageError(f"--lora-output {option.lora_output}: {error.strerror}") from None
+        wanted = "--lora-output: wanted a folder that can be written"
+        raise pytest.UsageError(f"{wanted}, got {folder}: {error.strerror}") from None
+    if free < ROOM:
+        raise pytest.UsageError(f"--lora-output: wanted {ROOM >> 20} MiB of room, got {free >> 20} in {folder}")
 
 
 def or_usage_error(check: Callable[[T], R], value: T) -> R:
@@ -164,7 +226,13 @@ def settings(config: pytest.Config) -> Settings:
         defaults: dict[str, Any] = DEFAULTS[device.partition(":")[0]]
         chosen = {name: getattr(option, f"lora_{name}") or default for name, default in defaults.items()}
         subjects = tuple(dict.fromkeys(option.lora_subject or DEFAULT_SUBJECTS))
+        named = MATRICES[option.lora_matrix]
+        matrix = Matrix(
+            option.lora_rank or named.ranks,
+            option.lora_adapters or named.adapters,
+            option.lora_popularity or named.popularities,
+        )
         config.stash[SETTINGS] = Settings(
-            device=device, rank=option.lora_rank, adapters=option.lora_adapters, subjects=subjects, **chosen
+            device=device, matrix=matrix, targets=option.lora_targets, subjects=subjects, **chosen
         )
     return config.stash[SETTINGS]

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lora_bench import options
-from lora_bench.bench.workload import BASE, Row, Workload
+from lora_bench.bench import matrix
+from lora_bench.bench.workload import BASE, Row
 from lora_bench.gate import baseline
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from lora_bench.bench.scenario import Scenario, Workshop
     from lora_bench.bench.session import Session
 
+EXIT_LOST = 7
+"""The device was lost: what had been measured is kept."""
 WORKSHOP: pytest.StashKey[Workshop] = pytest.StashKey()
 SESSION: pytest.StashKey[Session] = pytest.StashKey()
 BASELINE = pytest.StashKey[dict[Row, dict[str, Any]]]()
@@ -51,19 +54,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     chosen = options.settings(metafunc.config)
     setup, *phases = marker.args
-    rows = [
-        _row(subject, setup, phase, chosen)
-        for phase in phases
-        for subject in ((BASE,) if setup == BASE else chosen.subjects)
-    ]
+    place = {name: getattr(chosen, name) for name in ("model", "dtype", "batch", "sequence", "targets")}
+    rows = matrix.rows(chosen.matrix, setup, phases, chosen.subjects, **place)
     ids = [str(row.workload) if row.subject == BASE else f"{_short(row.subject)}-{row.workload}" for row in rows]
     metafunc.parametrize("scenario", rows, indirect=True, ids=ids)
-
-
-def _row(subject: str, setup: str, phase: str, chosen: options.Settings) -> Row:
-    rank, adapters = (0 if setup == BASE else chosen.rank), (chosen.adapters if setup == "batched" else 1)
-    workload = Workload(setup, phase, chosen.model, chosen.dtype, rank, chosen.batch, chosen.sequence, adapters)
-    return Row(subject, workload)
 
 
 def _short(subject: str) -> str:
@@ -84,7 +78,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if (judged := _judged(item)) is not None:
         option = item.config.option
         judged.docket.output = Path(option.lora_output)
-        judged.docket.examples, judged.docket.seconds = option.lora_examples, option.lora_timeout
+        judged.docket.examples = option.lora_examples
+        if option.lora_timeout is not None:
+            judged.docket.seconds = option.lora_timeout
 
 
 @pytest.hookimpl(wrapper=True)
@@ -133,14 +129,24 @@ def _prepare(config: pytest.Config, rows: dict[pytest.Item, Row]) -> None:
         if reason:
             item.add_marker(pytest.mark.skip(reason=reason))
     if config.option.benchmark and not config.option.collectonly:
-        from lora_bench.bench.records import Records
-        from lora_bench.bench.session import Session
-
-        session = Session(device, config.option.lora_seconds, Records(Path(config.option.lora_output)), _teller(config))
-        session.planned = [row for item, row in rows.items() if reasons[item] is None]
+        session = options.or_usage_error(_session, config)
+        options.or_usage_error(session.plan, [row for item, row in rows.items() if reasons[item] is None])
         config.stash[SESSION] = session
         for item, row in rows.items():
             item.add_marker(pytest.mark.benchmark(timer=CLOCK, group=row.workload.phase))
+
+
+def _session(config: pytest.Config) -> Session:
+    from lora_bench.bench.records import Records
+    from lora_bench.bench.session import Session
+
+    option = config.option
+    records = Records(Path(option.lora_output), option.lora_resume)
+    session = Session(options.settings(config).device, option.lora_seconds, records, _teller(config))
+    session.energy_seconds = option.lora_energy
+    if option.lora_timeout is not None:
+        session.seconds = option.lora_timeout
+    return session
 
 
 def _teller(config: pytest.Config) -> Any:
@@ -160,8 +166,8 @@ def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
     if WORKSHOP not in config.stash:
         return []
     chosen = options.settings(config)
-    what = f"device={chosen.device} model={chosen.model} dtype={chosen.dtype} rank={chosen.rank}"
-    lines = [f"lora-bench: {what} batch={chosen.batch} sequence={chosen.sequence} adapters={chosen.adapters}"]
+    what = f"device={chosen.device} model={chosen.model} dtype={chosen.dtype}"
+    lines = [f"lora-bench: {what} batch={chosen.batch} sequence={chosen.sequence} {chosen.matrix}"]
     if chosen.device == "cpu" and config.option.lora_device == "auto":
         lines.append("lora-bench: no CUDA device: a small model on the CPU; nothing here speaks of a GPU")
     return lines
@@ -175,6 +181,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section("lora-bench")
         terminalreporter.write_line(render(session))
         terminalreporter.write_line(f"records: {session.records.path}")
+        if session.records.unwritten:
+            terminalreporter.write_line(f"they are not whole: {session.records.unwritten}", red=True)
     if COMPARED in config.stash:
         terminalreporter.section(f"against {config.option.lora_baseline}")
         for line in config.stash[COMPARED]:
@@ -197,9 +205,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         if (run := stash.get(SESSION, None)) is not None:
             # Of planned rows only, as in the baseline's own file: a base that stands in for no test is in neither.
             results = [run.results[row] for row in run.planned if row in run.results]
-            infos = {result.row: run.extra_info(result) for result in results if result.seconds}
+            infos = {result.row: run.extra_info(result) for result in results if result.measured}
         stash[COMPARED] = baseline.compare(infos, stash[BASELINE])
         exits.append(baseline.exit_code(stash[COMPARED]))
+    if (run := stash.get(SESSION, None)) is not None:
+        exits.append(baseline.EXIT_REGRESSION if run.records.unwritten else 0)
+        if run.lost:
+            session.exitstatus = EXIT_LOST
     if session.exitstatus == pytest.ExitCode.OK and any(exits):
         session.exitstatus = (
             baseline.EXIT_REGRESSION if baseline.EXIT_REGRESSION in exits else baseline.EXIT_INCONCLUSIVE

@@ -9,9 +9,9 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.bench import measure
-from lora_bench.bench.arm import TARGETS, Arm, build_arm
+from lora_bench.bench.arm import Arm, build_arm
 from lora_bench.bench.proof import Proof
-from lora_bench.bench.workload import Row, Workload
+from lora_bench.bench.workload import TARGETS, Row, Workload
 from lora_bench.reference import REFERENCE, LoraLinear
 from lora_bench.spec import LoraSpec
 from lora_bench.subject import Subject
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 LAYERS, ADAPTERS = 2 * len(TARGETS), 3
 FIRST = "model.layers.0.self_attn.q_proj"
+COMPUTING = ("prefill", "decode", "train")
+"""The phases in which the adapters are used, and stay what they are."""
 
 
 def row_of(setup: str, phase: str, dtype: str = "fp32") -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import subprocess
 import sys
@@ -41,7 +42,11 @@ def run(*arguments: str) -> Run:
     with pytest.MonkeyPatch.context() as patch, chdir(ROOT), redirect_stdout(printed), redirect_stderr(printed):
         patch.delenv("PYTEST_XDIST_WORKER", raising=False)
         patch.setenv("COLUMNS", "200")
-        found.code = int(pytest.main(["-p", "no:cacheprovider", *arguments], plugins=[found]))
+        gc.freeze()  # a pytest looks for garbage five times when it ends: not among all that torch has imported
+        try:
+            found.code = int(pytest.main(["-p", "no:cacheprovider", *arguments], plugins=[found]))
+        finally:
+            gc.unfreeze()
     found.text = printed.getvalue()
     return found
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_bench.bench.arm import TARGETS, Arm, build_arm, draw_adapters, draw_tokens, make_step, relocate
-from lora_bench.bench.workload import BASE, Workload
+from lora_bench.bench.arm import Arm, build_arm, draw_adapters, draw_tokens, make_step, relocate
+from lora_bench.bench.workload import BASE, TARGETS, Workload
 from lora_bench.definition import delta
 from lora_bench.models.build import build
 from lora_bench.reference import REFERENCE

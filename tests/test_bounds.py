@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_bench import bounds
 from lora_bench.bounds import UNIT_ROUNDOFF, Arithmetic, visibility, worst
 from lora_bench.case import DTYPES, Case, cases
 from tests.lora_forms import computed, judged
@@ -146,3 +147,35 @@ def test_visibility_is_that_of_the_clearest_place() -> None:
     assert visibility(torch.tensor([-4.0, 1.0, 0.0, math.nan]), allowed) == 2
     assert visibility(torch.tensor([0.0, 0.0, 1e-30, 0.0]), allowed) > 1e300
     assert visibility(torch.ones(0), torch.ones(0)) == 0
+
+
+def test_nothing_deviates_from_nothing() -> None:
+    assert bounds.worst(torch.empty(0, 3), torch.empty(0, 3)) == ((), 0.0, 0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lost"),
+    [
+        (torch.float64, 2.0**-1074),
+        (torch.float32, 2.0**-126),
+        (torch.bfloat16, 2.0**-126),
+        (torch.float16, 2.0**-14 * 2.0**-11),
+    ],
+)
+def test_what_a_product_loses_to_underflow_is_a_subnormal_or_where_they_are_flushed_the_smallest_normal(
+    dtype: torch.dtype, lost: float
+) -> None:
+    assert bounds.Arithmetic.of(dtype).underflow == lost
+
+
+def test_partial_sums_are_only_rounded_where_it_is_said() -> None:
+    assert bounds.Arithmetic(2.0**-24, 2.0**-24, 0.0).partials == 0
+
+
+def test_of_a_matrix_of_zeros_a_decomposition_may_lose_an_underflow_for_each_of_its_numbers() -> None:
+    fp16 = bounds.Arithmetic.of(torch.float16)
+    allowed = bounds.decomposed(torch.zeros(3, 2, dtype=torch.float16), fp16)
+
+    assert torch.equal(
+        allowed, torch.full((3, 2), 6 * (fp16.underflow + bounds.FLOAT64.underflow), dtype=torch.float64)
+    )

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lora_bench.bench import machine, nvml
+from lora_bench.bench import machine, nvml, nvml_state
 from lora_bench.bench.nvml import Unavailable
 
 
@@ -54,6 +54,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"uuid {device}"))
     monkeypatch.setattr(nvml, "driver_version", {"uuid cuda:1": "580.1"}.__getitem__)
     monkeypatch.setattr(nvml, "power_limit_watts", {"uuid cuda:1": 700.0}.__getitem__)
+    monkeypatch.setattr(nvml_state, "ecc_mode", {"uuid cuda:1": True}.__getitem__)
+    monkeypatch.setattr(nvml_state, "mig_mode", {"uuid cuda:1": False}.__getitem__)
+    monkeypatch.setattr(nvml_state, "compute_mode", {"uuid cuda:1": "default"}.__getitem__)
 
 
 def test_a_gpu_is_known_by_its_name_driver_cuda_and_power_limit_whatever_its_index(cuda: None) -> None:
@@ -66,6 +69,9 @@ def test_a_gpu_is_known_by_its_name_driver_cuda_and_power_limit_whatever_its_ind
         "cuda": torch.version.cuda,
         "driver": "580.1",
         "power_limit_watts": 700.0,
+        "ecc": True,
+        "mig": False,
+        "compute_mode": "default",
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -9,11 +10,28 @@ import torch
 
 from lora_bench.bench import measure
 from lora_bench.bench.arm import Arm, build_arm
+from lora_bench.bench.counts import Ceilings
 from lora_bench.bench.measure import Progress, Refusal, Timing
+from lora_bench.bench.nvml import GpuLost
 from lora_bench.bench.proof import Wrong
+from lora_bench.bench.sampling import LEAST_ROUNDS, Samples
 from lora_bench.bench.workload import BASE, Row
+from tests.faulty_subjects import FAULTY
 from tests.micro_rows import row, with_bases
 from tests.planted_subjects import PLANTED
+
+CEILINGS = Ceilings(1.0, 2.0)
+
+
+@pytest.fixture(autouse=True)
+def ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known ones: to measure them takes a second."""
+    monkeypatch.setattr(measure, "measure_ceilings", reached)
+
+
+def reached(device: str, dtype: torch.dtype) -> Ceilings:
+    assert (device, dtype) == ("cpu", torch.float32)
+    return CEILINGS
 
 
 def compared(*rows: Row) -> list[Any]:
@@ -33,18 +51,22 @@ def test_rows_are_proven_and_then_timed_round_by_round_beside_their_base() -> No
         row("reference", "separate", "decode"),
         row("reference", "merged", "decode"),
     ]
-    fingerprint, *messages = compared(*rows)
+    fingerprint, ceilings, *messages = compared(*rows)
     timings = {timing.row: timing for timing in of_type(Timing, messages)}
 
     assert fingerprint["hard"]["device"] == "cpu"
+    assert ceilings == CEILINGS
     assert not of_type(Refusal, messages)
     assert timings.keys() == set(with_bases(*rows))
     for timing in timings.values():
         base = timings[timing.row.base()]
-        assert len(timing.seconds) == measure.LEAST_ROUNDS
-        assert timing.base_seconds == base.seconds
-        assert all(0 < seconds < 60 for seconds in timing.seconds)
+        assert timing.base == base.samples
+        assert [len(each) for each in timing.samples] == [LEAST_ROUNDS] * 3
+        assert all(0 < seconds < 60 for seconds in timing.samples.seconds)
+        assert timing.window == base.window
         assert (timing.proof is None) == (timing.row.subject == BASE)
+    decoding = [timings[of].samples.turns for of in (rows[1], rows[2], rows[1].base())]
+    assert [sorted(turns) for turns in zip(*decoding, strict=True)] == [[0, 1, 2]] * LEAST_ROUNDS
     assert set(timings[rows[0]].beside) == {str(rows[0]), str(rows[0].base())}
     assert set(timings[rows[1]].beside) == {str(rows[1]), str(rows[2]), str(rows[1].base())}
 
@@ -52,7 +74,7 @@ def test_rows_are_proven_and_then_timed_round_by_round_beside_their_base() -> No
 def test_whoever_waits_is_told_what_was_proven_and_what_is_timed() -> None:
     texts = [text for (text,) in of_type(Progress, compared(row("reference", "batched", "decode", adapters=2)))]
 
-    assert texts[0].startswith("reference batched is right: 28 checks, errors up to 0.")
+    assert texts[0].startswith("reference batched r4 n2 is right: 28 checks, errors up to 0.")
     assert texts[1:] == ["timing decode: 2 rows taking turns, about 0 s"]
 
 
@@ -96,7 +118,7 @@ def test_without_its_base_a_row_is_timed_alone(monkeypatch: pytest.MonkeyPatch) 
 
     assert of_type(Refusal, messages) == [Refusal(good.base(), "oom", "OutOfMemoryError: full fine-tuning is too much")]
     (timing,) = of_type(Timing, messages)
-    assert (timing.row, timing.base_seconds) == (good, [])
+    assert (timing.row, timing.base) == (good, Samples([], [], []))
 
 
 @pytest.mark.parametrize(("phase", "builds"), [("train", 2), ("decode", 1)])
@@ -119,7 +141,7 @@ def test_arms_that_do_not_fit_together_take_turns_with_a_base_of_their_own(
     timings = of_type(Timing, messages)
     for timing in timings:
         assert len(timing.beside) == 2
-        assert len(timing.base_seconds) == len(timing.seconds)
+        assert len(timing.base.seconds) == len(timing.samples.seconds)
     assert sorted(timing.row.subject for timing in timings) == [BASE, BASE, "peft", "reference"]
     # A base that was trained is no control any more; one that was not is kept.
     assert len(built) == builds
@@ -135,8 +157,89 @@ def test_arms_that_do_not_fit_together_take_turns_with_a_base_of_their_own(
         (RuntimeError("no kernel"), "error"),
     ],
 )
-def test_failures_are_told_apart(error: BaseException, kind: str) -> None:
-    assert measure.failure_kind(error) == kind
+def test_failures_are_told_apart(error: Exception, kind: str) -> None:
+    assert measure.refusal_kind(error) == kind
+
+
+@pytest.mark.parametrize(
+    ("error", "device", "text"),
+    [
+        (RuntimeError("no kernel"), "cuda:1", "RuntimeError: no kernel"),
+        (MemoryError("full"), "cpu", "MemoryError: full"),
+        (torch.OutOfMemoryError("full"), "cuda:1", "OutOfMemoryError: full (peak reached: 1,024 MiB)"),
+    ],
+)
+def test_where_a_device_s_memory_ran_out_its_peak_is_told(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, device: str, text: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", {"cuda:1": 1 << 30}.__getitem__)
+
+    assert measure.told(error, device) == text
+
+
+def test_a_gpu_that_is_lost_while_building_ends_the_comparison() -> None:
+    messages: list[Any] = []
+    with pytest.raises(GpuLost):
+        messages.extend(measure.compare(with_bases(row(f"{FAULTY}:LOSES", "separate", "decode")), "cpu", 0.0))
+    assert not of_type(Refusal, messages)
+
+
+def test_a_device_that_is_out_of_order_after_a_failure_ends_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def synchronize(device: str) -> None:
+        done.append(device)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("empty"))
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        measure._release("cuda:1")
+    measure._release("cpu")
+
+    assert done == ["empty", "cuda:1"]
+
+
+# --- in hand --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers that were taken in hand, in order."""
+    numbers: list[int] = []
+    monkeypatch.setattr(measure, "hold", numbers.append)
+    return numbers
+
+
+@pytest.mark.parametrize(("name", "later"), [("EXITS", False), ("KILLED", True)])
+def test_the_row_that_is_built_or_run_is_in_hand(
+    monkeypatch: pytest.MonkeyPatch, held: list[int], name: str, later: bool
+) -> None:
+    class Dead(BaseException):
+        pass
+
+    def die(*_: object) -> None:
+        raise Dead
+
+    monkeypatch.setattr(os, "_exit", die)
+    monkeypatch.setattr(os, "kill", die)
+    rows = with_bases(*(row(of, "separate", "decode") for of in ("reference", f"{FAULTY}:{name}")))
+    with pytest.raises(Dead):
+        list(measure.compare(rows, "cpu", 0.0))
+
+    assert held[-1] == 2
+    # Built in order with the base last; it dies at once, or when they take turns.
+    assert (held[:3] == [1, 2, 0]) == later
+    assert later or held == [1, 2]
+
+
+def test_so_is_the_row_that_is_weighed(held: list[int]) -> None:
+    rows = [row("reference", "separate", phase) for phase in ("prefill", "decode")]
+    messages = measure.weigh(rows, "cpu")
+
+    assert next(messages)["hard"]["device"] == "cpu"  # type: ignore[call-overload]  # the fingerprint comes first
+    assert held == []
+    assert [(held[-1], message[0]) for message in messages] == list(enumerate(rows))  # type: ignore[index]
 
 
 # --- weigh ----------------------------------------------------------------------------------------------------------
@@ -147,7 +250,9 @@ ADAPTER_BYTES = (
 
 
 def weighed(*rows: Row) -> list[dict[str, Any]]:
-    found = dict(measure.weigh(rows, "cpu"))
+    fingerprint, *weighings = measure.weigh(rows, "cpu")
+    assert isinstance(fingerprint, dict)
+    found: dict[Row, dict[str, Any]] = dict(weighings)  # type: ignore[arg-type]  # the fingerprint is off
     assert list(found) == list(rows)
     return list(found.values())
 
@@ -159,6 +264,9 @@ def test_memory_is_told_for_every_phase_of_an_arm() -> None:
             "allocated_peak_bytes",
             "reserved_peak_bytes",
             "nvml_process_bytes",
+            "nvml_device_delta_bytes",
+            "accounting_peak_bytes",
+            "context_bytes",
             "resident_peak_bytes",
             "saved_tensor_bytes",
             "attribution",

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lora_bench import bounds, definition
-from lora_bench.bench.arm import TARGETS
+from lora_bench.bench.workload import TARGETS
 from lora_bench.bounds import Arithmetic, worst
 from lora_bench.models.bases import base_layer, dequantised, missing, quantise
 from lora_bench.models.inject import find_targets, layer_kind

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_bench.bench.arm import TARGETS
+from lora_bench.bench.workload import TARGETS
 from lora_bench.models.bases import quantise
 from lora_bench.models.inject import adapt, find_targets, replace
 from lora_bench.reference import REFERENCE

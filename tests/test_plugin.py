@@ -23,6 +23,9 @@ def test_a_run_of_other_tests_imports_no_torch(tmp_path: Path) -> None:
     assert "lora-bench: device" not in found.stdout
 
 
+PLACE = ("--lora-device=cpu", "--lora-model=micro", "--lora-batch=2", "--lora-sequence=8", "--lora-subject=reference")
+
+
 # --- collected ------------------------------------------------------------------------------------------------------
 
 
@@ -38,11 +41,13 @@ BASES = [f"test_base[{phase}-micro-fp32-b2-s8]" for phase in ("prefill", "decode
 def test_a_selection_keeps_the_base_of_what_it_selects() -> None:
     separate = [
         f"test_separate[{name}-{phase}-micro-fp32-r4-b2-s8]"
-        for phase in ("prefill", "decode")
+        for phase in ("prefill", "decode", "switch")
         for name in ("reference", "peft")
     ]
 
     assert collected("-k", "separate") == [*BASES[:2], *separate]
+    # A switch is compared with a token that the base reads.
+    assert collected("-k", "separate and switch and peft") == [BASES[1], separate[-1]]
     assert collected("-k", "peft and train") == [BASES[2], "test_training[peft-train-micro-fp32-r4-b2-s8]"]
     assert collected("-k", "base") == BASES
     assert collected("-k", "nothing_of_the_kind") == []
@@ -51,8 +56,25 @@ def test_a_selection_keeps_the_base_of_what_it_selects() -> None:
 def test_a_subject_s_rows_are_named_by_it_and_every_one_is_there() -> None:
     names = collected(f"--lora-subject={PLANTED}:DROPPED", "--lora-subject=reference", "--lora-subject=reference")
 
-    assert len(names) == len(set(names)) == 3 + 2 * (3 * 2 + 2 + 1)
+    assert len(names) == len(set(names)) == 3 + 2 * (4 * 2 + 1 + 3)
     assert "test_batched[DROPPED-decode-micro-fp32-r4-b2-s8-n2]" in names
+
+
+def test_a_matrix_of_ranks_and_adapters_is_collected_whole_and_named() -> None:
+    ranks = collected("-k", "separate and decode", "--lora-subject=reference", "--lora-rank=4,8,4")
+    mixed = collected(
+        "-k", "batched and decode", "--lora-subject=peft", "--lora-adapters=1,2", "--lora-popularity=zipf"
+    )
+
+    assert ranks == [BASES[1], *(f"test_separate[reference-decode-micro-fp32-r{rank}-b2-s8]" for rank in (4, 8))]
+    assert mixed == [BASES[1], *(f"test_batched[peft-decode-micro-fp32-r4-b2-s8-{n}]" for n in ("n1", "n2-zipf"))]
+
+
+@pytest.mark.parametrize(("name", "rows"), [("quick", 1), ("standard", 2 * 3), ("full", 6 * 25)])
+def test_a_matrix_has_a_name(name: str, rows: int) -> None:
+    found = run("suites/gpu/test_batched.py", "--collect-only", "-q", "-k", "decode", f"--lora-matrix={name}", *PLACE)
+
+    assert len([line for line in found.text.splitlines() if "::test_batched[reference-decode-micro-" in line]) == rows
 
 
 def test_collecting_measures_nothing_and_writes_no_record(tmp_path: Path) -> None:
@@ -74,7 +96,7 @@ def test_the_settings_are_told_and_that_there_is_no_gpu(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = run(GPU, "--collect-only", "--lora-rank=4")
 
-    assert "lora-bench: device=cpu model=tiny dtype=fp32 rank=4 batch=8 sequence=64 adapters=8" in found.text
+    assert "lora-bench: device=cpu model=tiny dtype=fp32 batch=8 sequence=64 rank=4 adapters=8" in found.text
     assert "lora-bench: no CUDA device: a small model on the CPU; nothing here speaks of a GPU" in found.text
     assert "no CUDA device" not in run(GPU, "--collect-only", "--lora-device=cpu").text
 
@@ -86,7 +108,7 @@ def test_an_unmeasured_run_proves_every_row_and_writes_nothing(tmp_path: Path) -
     found = run(GPU, *SMALL, f"--lora-output={tmp_path / 'out'}")
 
     assert found.code == 0
-    assert found.outcomes == {"passed": 21}
+    assert found.outcomes == {"passed": 27}
     assert not (tmp_path / "out").exists()
     assert "records:" not in found.text
 

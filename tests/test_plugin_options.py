@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.planted_subjects import PLANTED
-from tests.pytest_runs import GPU, python, run
+from tests.pytest_runs import GPU, SMALL, Run, python, run
 
+UNWRITTEN = "--lora-output: wanted a folder that can be written, got *"
 REFUSED = {
     "subject, near": ("--lora-subject=pefd", "no subject is called 'pefd': known are * (nearest: peft)"),
     "subject, far": ("--lora-subject=zzz", "no subject is called 'zzz': known are *reference"),
@@ -21,7 +24,19 @@ REFUSED = {
     "model, near": ("--lora-model=mikro", "no model is called 'mikro' (nearest: micro)"),
     "model, no checkpoint": ("--lora-model=tests", "'tests' is no checkpoint: the directory has no config.json"),
     "rank": ("--lora-rank=0", "--lora-rank must be at least 1, got 0"),
+    "rank, one of several": ("--lora-rank=8,0,4", "--lora-rank must be at least 1, got 0"),
     "adapters": ("--lora-adapters=0", "--lora-adapters must be at least 1, got 0"),
+    "adapters, one of several": ("--lora-adapters=8,-1", "--lora-adapters must be at least 1, got -1"),
+    "popularity": (
+        "--lora-popularity=zipf,pareto",
+        "--lora-popularity must be among distinct, identical, uniform, zipf, got 'pareto'",
+    ),
+    "matrix": ("--lora-matrix=huge", "--lora-matrix must be one of quick, standard, full, got 'huge'"),
+    "timeout": ("--lora-timeout=-1", "--lora-timeout must be at least 0, got -1"),
+    "timeout, no number": ("--lora-timeout=nan", "--lora-timeout must be at least 0, got nan"),
+    "energy, too short": ("--benchmark --lora-energy=9", "--lora-energy must be 0 or at least 10 seconds, got 9"),
+    "energy, no number": ("--benchmark --lora-energy=nan", "--lora-energy must be 0 or at least 10 seconds, got nan"),
+    "resume, unmeasured": ("--lora-resume=absent", "--lora-resume needs --benchmark"),
     "batch": ("--lora-batch=0", "--lora-batch must be at least 1, got 0"),
     "sequence": ("--lora-sequence=1", "--lora-sequence must be at least 2, got 1"),
     "dtype": ("--lora-dtype=fp8", "--lora-dtype must be one of fp64, fp32, bf16, fp16, got 'fp8'"),
@@ -36,8 +51,8 @@ REFUSED = {
     "baseline, missing": ("--benchmark --lora-baseline=absent.json", "there is no file absent.json"),
     "baseline, other": ("--benchmark --lora-baseline=pyproject.toml", "pyproject.toml is no JSON of *: JSONDecode"),
     "baseline, unmeasured": ("--lora-baseline=absent.json", "--lora-baseline needs --benchmark"),
-    "output is a file": (f"--benchmark --lora-output={PLANTED}", "--lora-output *.py: File exists"),
-    "output below a file": (f"--benchmark --lora-output={PLANTED}/x", "--lora-output *.py/x: Not a directory"),
+    "output is a file": (f"--benchmark --lora-output={PLANTED}", f"{UNWRITTEN}.py: File exists"),
+    "output below a file": (f"--benchmark --lora-output={PLANTED}/x", f"{UNWRITTEN}.py/x: Not a directory"),
     "xdist": ("--benchmark -n 2", "--benchmark cannot measure under xdist"),
     "xdist by its nodes": ("--benchmark --dist=load --tx=2*popen", "--benchmark cannot measure under xdist"),
     "no pytest-benchmark": ("--benchmark -p no:benchmark", "--benchmark needs pytest-benchmark"),
@@ -60,6 +75,28 @@ def test_a_wrong_option_is_refused_in_one_sentence(
     (line,) = (line for line in found.text.splitlines() if line)
     assert fnmatchcase(line, f"ERROR: *{sentence}*")
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("option", "got"), [("--lora-rank", "x"), ("--lora-rank", ""), ("--lora-rank", "8,"), ("--lora-adapters", "1.5")]
+)
+def test_a_list_of_numbers_must_be_one(option: str, got: str) -> None:
+    found = run(GPU, f"{option}={got}")
+
+    assert found.code == pytest.ExitCode.USAGE_ERROR
+    assert f"error: argument {option}: wanted whole numbers with commas between them, got {got!r}" in found.text
+
+
+def test_no_room_is_refused_before_there_is_something_to_lose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def free(count: int) -> Run:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _folder: SimpleNamespace(free=count))
+        return run(GPU, *SMALL, "--benchmark", "--collect-only", f"--lora-output={tmp_path}")
+
+    assert free(16 << 20).code == pytest.ExitCode.OK
+    found = free((16 << 20) - 1)
+    assert found.code == pytest.ExitCode.USAGE_ERROR
+    assert f"ERROR: --lora-output: wanted 16 MiB of room, got 15 in {tmp_path}" in found.text
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_worker_of_xdist_does_not_measure(monkeypatch: pytest.MonkeyPatch) -> None:

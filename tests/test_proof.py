@@ -14,10 +14,9 @@ from lora_bench.bench import arm as arms
 from lora_bench.bench import measure, proof
 from lora_bench.bench.arm import build_arm
 from lora_bench.bench.proof import Proof, Wrong
-from lora_bench.bench.workload import PHASES
 from lora_bench.reference import REFERENCE
 from lora_bench.spec import Factors, LoraSpec
-from tests.proven_arms import ADAPTERS, FIRST, LAYERS, arm_of, base_of, proven, row_of
+from tests.proven_arms import ADAPTERS, COMPUTING, FIRST, LAYERS, arm_of, base_of, proven, row_of
 
 
 @pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16", "fp16"])
@@ -98,7 +97,7 @@ def test_rows_are_taken_from_every_sequence_with_their_own_adapter(batch: int, t
     assert set(found.ids.tolist()) == set(range(0, 100 * batch, 100))
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", COMPUTING)
 def test_a_proof_leaves_the_model_as_it_was(phase: str) -> None:
     row = row_of("separate", phase)
     arm = arm_of(REFERENCE, row)

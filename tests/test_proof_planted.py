@@ -12,16 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lora_bench.bench.arm import TARGETS
 from lora_bench.bench.proof import Wrong
-from lora_bench.bench.workload import PHASES
+from lora_bench.bench.workload import TARGETS
 from lora_bench.models.inject import find_targets
 from lora_bench.reference import REFERENCE, LoraLinear, batched
 from lora_bench.reference.layer import dense_weight
 from lora_bench.spec import Factors, LoraSpec
 from lora_bench.subject import Subject
 from tests.planted_subjects import Dropped
-from tests.proven_arms import ADAPTERS, FIRST, LAYERS, base_of, proven, scaled, wrapping
+from tests.proven_arms import ADAPTERS, COMPUTING, FIRST, LAYERS, base_of, proven, scaled, wrapping
 
 # --- separate -------------------------------------------------------------------------------------------------------
 
@@ -71,7 +70,7 @@ SEPARATE = {
 }
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", COMPUTING)
 @pytest.mark.parametrize(("plant", "layer"), SEPARATE.values(), ids=SEPARATE.keys())
 def test_a_wrong_adapter_beside_the_base_is_found_at_its_layer(
     plant: Callable[[], Subject], layer: str, phase: str

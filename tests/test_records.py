@@ -1,13 +1,15 @@
-"""Records are appended and complete after every single one."""
+"""Records are appended and complete after every single one; a run that was cut off goes on with them."""
 
+import errno
 import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lora_bench.bench.records import SCHEMA, Records
+from lora_bench.bench.records import SCHEMA, Records, read
 
 
 def test_every_record_is_on_the_disk_when_append_returns(tmp_path: Path) -> None:
@@ -42,3 +44,128 @@ def test_records_are_no_secret(tmp_path: Path) -> None:
         os.umask(before)
 
     assert stat.filemode(path.stat().st_mode) == "-rw-r--r--"
+
+
+# --- full disk ------------------------------------------------------------------------------------------------------
+
+
+def fill(monkeypatch: pytest.MonkeyPatch, number: int = errno.ENOSPC) -> None:
+    """As on a full disk: the line is begun, and what says that it has arrived fails."""
+
+    def fsync(_file: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def test_what_cannot_be_written_is_told_once_and_leaves_no_half_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = Records(tmp_path)
+    records.append(quantity="plan")
+    before = records.path.read_bytes()
+    assert not records.unwritten
+
+    with monkeypatch.context() as full:
+        fill(full)
+        records.append(quantity="latency")
+        fill(full, errno.EIO)
+        records.append(quantity="memory")
+    assert records.unwritten == f"{records.path}: No space left on device"
+    assert records.path.read_bytes() == before
+    records.append(quantity="failure")
+    assert [record["quantity"] for record in read(records.path)] == ["plan", "failure"]
+
+
+def test_a_folder_that_is_gone_is_told_as_well(tmp_path: Path) -> None:
+    records = Records(tmp_path / "out")
+    records.path.unlink()
+    records.path.parent.rmdir()
+    records.append(quantity="plan")
+
+    assert records.unwritten == f"{records.path}: No such file or directory"
+
+
+# --- read and resumed -----------------------------------------------------------------------------------------------
+
+
+def begun(folder: Path) -> Records:
+    records = Records(folder)
+    records.append(quantity="plan", rows=[])
+    records.append(quantity="memory", memory={})
+    return records
+
+
+@pytest.mark.parametrize("by", ["id", "file"])
+def test_a_run_goes_on_in_its_file_under_its_id(tmp_path: Path, by: str) -> None:
+    first = begun(tmp_path)
+    again = Records(tmp_path if by == "id" else tmp_path / "other", first.run_id if by == "id" else str(first.path))
+    again.append(quantity="latency")
+
+    assert (again.path, again.run_id) == (first.path, first.run_id)
+    assert [record["quantity"] for record in again.earlier] == ["plan", "memory"]
+    assert [record["quantity"] for record in read(first.path)] == ["plan", "memory", "latency"]
+    assert {record["run_id"] for record in read(first.path)} == {first.run_id}
+
+
+@pytest.mark.parametrize("rest", ['{"schema": 2, "quan', "{", '{"schema": 2, "quantity": "memory"}', "\x00"])
+def test_a_last_line_without_its_end_is_taken_away(tmp_path: Path, rest: str) -> None:
+    first = begun(tmp_path)
+    whole = first.path.read_bytes()
+    first.path.write_bytes(whole + rest.encode())
+
+    assert len(read(first.path)) == 2
+    again = Records(tmp_path, first.run_id)
+    assert first.path.read_bytes() == whole
+    again.append(quantity="latency")
+    assert len(read(first.path)) == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{", "line 2, is no record: '{'"),
+        (b"", "line 2, is no record: ''"),
+        (b"[1, 2]", "line 2, is no record: '[1, 2]'"),
+        (b"7", "line 2, is no record: '7'"),
+        (b'{"quantity": "plan"}', "line 2, is no record: "),
+        (b'{"schema": 2}', "line 2, is no record: "),
+        (b'{"schema": 1, "quantity": "plan"}', "line 2, is of schema 1, wanted 2"),
+        (b'{"schema": 3, "quantity": "plan"}', "line 2, is of schema 3, wanted 2"),
+        (b"\xff\xfe", " cannot be read: 'utf-8' codec can't decode"),
+        (b"x" * 100, "line 2, is no record: '" + "x" * 60 + "'"),
+    ],
+)
+def test_a_line_that_is_no_record_is_named_with_its_file(tmp_path: Path, line: bytes, message: str) -> None:
+    records = begun(tmp_path)
+    first, second = records.path.read_bytes().splitlines()
+    records.path.write_bytes(b"\n".join([first, line, second, b""]))
+
+    for attempt in (lambda: read(records.path), lambda: Records(tmp_path, records.run_id)):
+        with pytest.raises(ValueError, match=r"\.jsonl") as error:
+            attempt()
+        assert str(error.value).startswith(str(records.path))
+        assert message in str(error.value)
+    assert records.path.read_bytes() == b"\n".join([first, line, second, b""])
+
+
+@pytest.mark.parametrize(
+    ("resume", "message"),
+    [
+        ("absent", "there is no run {folder}/absent.jsonl"),
+        ("{folder}/absent.jsonl", "there is no run {folder}/absent.jsonl"),
+        ("empty", "{folder}/empty.jsonl holds no plan of a run to go on with"),
+        ("planless", "{folder}/planless.jsonl holds no plan of a run to go on with"),
+        ("folder", "{folder}/folder.jsonl cannot be read: "),
+    ],
+)
+def test_a_run_that_cannot_be_gone_on_with_is_named(tmp_path: Path, resume: str, message: str) -> None:
+    record: dict[str, Any] = {"schema": SCHEMA, "quantity": "latency"}
+    (tmp_path / "planless.jsonl").write_text(json.dumps(record) + "\n")
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "folder.jsonl").mkdir()
+
+    with pytest.raises(ValueError, match=r"\.jsonl") as error:
+        Records(tmp_path, resume.format(folder=tmp_path))
+    assert str(error.value).startswith(message.format(folder=tmp_path))
+    assert not (tmp_path / "absent.jsonl").exists()

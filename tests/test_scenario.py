@@ -50,6 +50,9 @@ def test_what_offers_everything_is_not_skipped(skipped: Any, setup: str, phase: 
         (row("batched"), "cpu", {"pool": None}, "does not offer pool, route"),
         (row("batched"), "cpu", {"route": None}, "does not offer pool, route"),
         (row("batched"), "cpu", {"plan": None}, None),
+        (row("merged", "switch"), "cpu", {"merge_and_unload": None}, None),
+        (row("merged", "switch"), "cpu", {"unmerge": None}, "does not offer merge, unmerge"),
+        (row("separate", "switch"), "cpu", {"merge": None, "unmerge": None}, None),
         (row("separate"), "cpu", {"factors": None}, None),
         (
             row("separate", "train"),
@@ -96,23 +99,37 @@ def test_a_shipped_subject_without_its_library_is_skipped_with_what_to_install(m
     assert reason_to_skip(row("separate", subject=BASE), "cpu") is None
 
 
-def test_models_are_kept_as_long_as_the_next_row_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    built: list[str] = []
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is built, in order."""
+    names: list[str] = []
 
     def note(name: str) -> None:
         original = getattr(measure, name)
 
         def build(*arguments: Any) -> Any:
-            built.append(name)
+            names.append(name)
             return original(*arguments)
 
         monkeypatch.setattr(measure, name, build)
 
     note("build_base")
     note("build")
+    return names
+
+
+def test_models_are_kept_as_long_as_the_next_row_needs_them(built: list[str]) -> None:
     workshop = Workshop("cpu")
     prefill, decode = (row("separate", phase, subject="reference") for phase in ("prefill", "decode"))
     for of in (prefill, decode, row("merged", subject="reference"), row("separate", "train", subject="reference")):
+        workshop.prove(of)
+
+    assert built == ["build_base", "build", "build", "build_base", "build"]
+
+
+def test_a_base_that_was_trained_is_no_control_any_more(built: list[str]) -> None:
+    workshop, training = Workshop("cpu"), row("separate", "train", subject="reference")
+    for of in (training, training.base(), training):
         workshop.prove(of)
 
     assert built == ["build_base", "build", "build", "build_base", "build"]

@@ -4,65 +4,37 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-from lora_bench.bench import measure
-from lora_bench.bench import session as sessions
-from lora_bench.bench.isolate import Failure
-from lora_bench.bench.measure import Progress, Refusal, Timing
-from lora_bench.bench.proof import Proof
-from lora_bench.bench.records import Records
-from lora_bench.bench.session import Result, Session
+from lora_bench.bench.counts import Ceilings, count, reconciled
+from lora_bench.bench.measure import Progress, Refusal
+from lora_bench.bench.records import Records, read
+from lora_bench.bench.session import SECONDS, Session
 from lora_bench.bench.workload import Row, Workload
+from tests.micro_rows import row
+from tests.scripted_workers import (
+    ENERGY,
+    FINGERPRINT,
+    MEMORY,
+    ROUNDS,
+    WINDOW,
+    Workers,
+    dies,
+    powers_all,
+    says,
+    timing,
+    weighs_all,
+    workers,
+)
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+__all__ = ["workers"]
 
-FINGERPRINT = {"hard": {"device_name": "A"}, "soft": {}}
-PROOF = Proof(14, 0.5, 9.0)
-
-
-def row(subject: str, setup: str, phase: str = "decode") -> Row:
-    return Row(subject, Workload(setup, phase, "micro", "fp32", rank=4, batch=2, sequence=6))
-
-
-ONE, TWO, BASE = row("one", "separate"), row("two", "separate"), row("one", "separate").base()
-ROUNDS = 7
-
-
-def timing(of: Row, seconds: float, base_seconds: float = 0.5) -> Timing:
-    base = [base_seconds] * ROUNDS
-    return Timing(of, [seconds] * ROUNDS, base, None if of.subject == "base" else PROOF, [str(of), str(of.base())])
-
-
-class Workers:
-    """What the worker processes say, in the place of `stream`; and what they were asked."""
-
-    def __init__(self) -> None:
-        self.timing: Iterable[Any] = ()
-        self.memory: dict[str, Iterable[Any]] = {}
-        self.compared: list[list[Row]] = []
-        self.weighed: list[list[Row]] = []
-
-    def stream(self, function: object, rows: list[Row], device: str, *budget: float) -> Iterator[Any]:
-        assert device == "cpu"
-        if function is measure.compare:
-            assert budget == (3.0,)
-            self.compared.append(rows)
-            yield from self.timing
-        else:
-            assert function is measure.weigh
-            self.weighed.append(rows)
-            yield from self.memory.get(rows[0].subject, [(row, {"parameter_bytes": 7}) for row in rows])
-
-
-@pytest.fixture
-def workers(monkeypatch: pytest.MonkeyPatch) -> Workers:
-    made = Workers()
-    monkeypatch.setattr(sessions, "stream", made.stream)
-    return made
+ONE, TWO = row("one", "separate", "decode"), row("two", "separate", "decode")
+PREFILL = row("one", "separate", "prefill")
+TRAINING = row("one", "separate", "train")
+BASE = ONE.base()
 
 
 @pytest.fixture
@@ -77,33 +49,79 @@ def session(workers: Workers, told: list[str], tmp_path: Path) -> Session:
     return made
 
 
-def written(session: Session) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in session.records.path.read_text().splitlines()]
+def written(session: Session, quantity: str) -> list[dict[str, Any]]:
+    return [record for record in read(session.records.path) if record["quantity"] == quantity]
+
+
+def failures(session: Session) -> dict[Row, str]:
+    return {row: result.failure for row, result in session.results.items() if result.failure}
+
+
+# --- who is measured together ---------------------------------------------------------------------------------------
 
 
 def test_a_comparison_is_measured_as_a_whole_with_its_base_when_the_first_result_is_wanted(
     session: Session, workers: Workers
 ) -> None:
-    training = row("one", "separate", "train")
-    session.planned = [ONE, training, TWO]
-    workers.timing = [FINGERPRINT, timing(ONE, 1.0), timing(TWO, 2.0), timing(BASE, 0.5)]
+    session.planned = [ONE, TRAINING, TWO]
+    workers.comparisons = [says(FINGERPRINT, timing(ONE, 1.0), timing(TWO, 2.0), timing(BASE))]
 
     assert session.result(TWO).seconds == [2.0] * ROUNDS
     assert session.result(ONE).seconds == [1.0] * ROUNDS
     assert session.result(BASE).seconds == [0.5] * ROUNDS
     assert workers.compared == [[BASE, ONE, TWO]]
-    session.result(training)
-    assert workers.compared[1:] == [[training.base(), training]]
+    session.result(TRAINING)
+    assert workers.compared[1:] == [[TRAINING.base(), TRAINING]]
+    assert [session.result(of).memory for of in (ONE, TRAINING)] == [MEMORY] * 2
+    assert len(workers.compared) == 2
+    assert not workers.powered
 
 
 def test_phases_of_one_arm_are_weighed_in_one_process_and_arms_in_one_each(session: Session, workers: Workers) -> None:
-    prefill = row("one", "separate", "prefill")
-    session.planned = [prefill, ONE, TWO]
-    workers.timing = [timing(of, 1.0) for of in (prefill.base(), BASE, prefill, ONE, TWO)]
+    ranked = row("one", "separate", "decode", rank=8)
+    session.planned = [PREFILL, ONE, TWO, ranked]
     session.result(ONE)
 
-    assert workers.weighed == [[prefill.base(), BASE], [prefill, ONE], [TWO]]
-    assert session.result(prefill).memory == {"parameter_bytes": 7}
+    assert workers.weighed == [[PREFILL.base(), BASE], [PREFILL, ONE], [TWO], [ranked]]
+    assert session.result(PREFILL).memory == MEMORY
+
+
+@pytest.mark.parametrize("seconds", [None, 0.0, 7.0])
+def test_a_worker_hangs_after_the_seconds_that_the_session_has(
+    session: Session, workers: Workers, seconds: float | None
+) -> None:
+    if seconds is not None:
+        session.seconds = seconds
+    session.result(ONE)
+
+    assert workers.patience == {SECONDS if seconds is None else seconds}
+
+
+def test_a_further_group_s_base_does_not_replace_the_first_one_s(session: Session, workers: Workers) -> None:
+    workers.comparisons = [
+        says(timing(ONE, 1.0), timing(BASE), timing(TWO, 1.0, base_seconds=0.25), timing(BASE, base_seconds=0.25))
+    ]
+    session.result(ONE)
+
+    assert session.results[BASE].seconds == [0.5] * ROUNDS
+    ratios = [session.results[of].ratio for of in (ONE, TWO, BASE)]
+    assert [ratio.median if ratio else None for ratio in ratios] == [2.0, 4.0, 1.0]
+    assert [record["subject"] for record in written(session, "latency")] == ["one", "base", "two"]
+
+
+def test_energy_is_taken_of_every_arm_only_where_it_is_asked_for(session: Session, workers: Workers) -> None:
+    session.energy_seconds = 9.0
+    session.planned = [PREFILL, ONE, TWO]
+    workers.powerings = [powers_all, dies("crashed", "exit", (PREFILL, ENERGY), of=ONE)]
+    session.result(ONE)
+
+    assert workers.powered == workers.weighed == [[PREFILL.base(), BASE], [PREFILL, ONE], [TWO]]
+    assert [session.results[of].energy for of in (BASE, PREFILL, TWO)] == [ENERGY] * 3
+    assert session.results[ONE].energy == {"attribution": "unavailable (crashed: exit)"}
+    assert [record["energy"] for record in written(session, "energy")][2:4] == [ENERGY, session.results[ONE].energy]
+
+
+# --- what fails -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -112,95 +130,175 @@ def test_phases_of_one_arm_are_weighed_in_one_process_and_arms_in_one_each(sessi
 def test_a_refused_row_fails_with_the_reason_and_is_not_weighed(
     session: Session, workers: Workers, kind: str, failure: str
 ) -> None:
-    workers.timing = [FINGERPRINT, Refusal(ONE, kind, "Wrong: q_proj"), timing(TWO, 2.0), timing(BASE, 0.5)]
+    workers.comparisons = [says(FINGERPRINT, Refusal(ONE, kind, "Wrong: q_proj"), timing(TWO), timing(BASE))]
 
     assert session.result(ONE).failure == failure
-    assert not session.result(TWO).failure
+    assert failures(session) == {ONE: failure}
+    assert len(workers.compared) == 1
     assert workers.weighed == [[BASE], [TWO]]
-    (record,) = (record for record in written(session) if record["quantity"] == "failure")
-    assert (record["subject"], record["kind"], record["text"]) == ("one", kind, "Wrong: q_proj")
+    (record,) = written(session, "failure")
+    assert (record["subject"], record["kind"], record["text"]) == ("one", kind, failure)
 
 
-def test_a_lost_worker_fails_what_it_had_not_finished_and_nothing_else(session: Session, workers: Workers) -> None:
-    third = row("three", "separate")
-    session.planned.append(third)
-    workers.timing = [
-        FINGERPRINT,
-        Refusal(ONE, "wrong", "Wrong: q_proj"),
-        timing(TWO, 2.0),
-        Failure("crashed", "SIGKILL"),
+def test_the_row_that_a_worker_died_of_fails_and_the_others_are_measured_without_it(
+    session: Session, workers: Workers
+) -> None:
+    three = row("three", "separate", "decode")
+    session.planned.append(three)
+    workers.comparisons = [dies("crashed", "SIGSEGV", of=ONE), dies("timeout", "1 s", timing(BASE), of=three)]
+    session.result(TWO)
+
+    assert failures(session) == {ONE: "crashed: SIGSEGV", three: "timeout: 1 s"}
+    assert workers.compared == [[BASE, ONE, TWO, three], [BASE, TWO, three], [BASE, TWO]]
+    assert session.result(TWO).memory == MEMORY
+    assert [record["subject"] for record in written(session, "latency")] == ["base", "two"]
+    assert [record["subject"] for record in written(session, "failure")] == ["one", "three"]
+
+
+@pytest.mark.parametrize("of", [None, BASE], ids=["nobody", "base"])
+def test_what_dies_of_the_base_or_of_nobody_fails_all_that_is_left_and_nothing_else(
+    session: Session, workers: Workers, of: Row | None
+) -> None:
+    three = row("three", "separate", "decode")
+    session.planned = [ONE, TWO, three, PREFILL]
+    workers.comparisons = [
+        dies("crashed", "SIGKILL", timing(PREFILL), Refusal(ONE, "wrong", "Wrong: q_proj"), timing(TWO), of=of)
     ]
     session.result(ONE)
 
-    assert session.results[ONE].failure == "Wrong: q_proj"
-    assert not session.results[TWO].failure
-    assert session.results[third].failure == session.results[BASE].failure == "crashed: SIGKILL"
-    failed = [record["subject"] for record in written(session) if record["quantity"] == "failure"]
-    assert failed == ["one", "base", "three"]
+    text = "crashed: SIGKILL"
+    assert failures(session) == {ONE: "Wrong: q_proj", three: text, BASE: text, PREFILL.base(): text}
+    assert [session.results[of].memory for of in (PREFILL, TWO)] == [MEMORY] * 2
+    assert len(workers.compared) == 1
+    assert len(written(session, "failure")) == 4
 
 
-def test_a_further_group_s_base_does_not_replace_the_first_one_s(session: Session, workers: Workers) -> None:
-    workers.timing = [timing(ONE, 1.0, 0.5), timing(BASE, 0.5, 0.5), timing(TWO, 1.0, 0.25), timing(BASE, 0.25, 0.25)]
+def test_a_worker_that_dies_after_its_row_was_measured_costs_nothing(session: Session, workers: Workers) -> None:
+    workers.comparisons = [dies("crashed", "exit", timing(BASE), timing(ONE), of=ONE)]
     session.result(ONE)
 
-    assert session.results[BASE].seconds == [0.5] * ROUNDS
-    ratios = [session.results[of].ratio for of in (ONE, TWO, BASE)]
-    assert [ratio.median if ratio else None for ratio in ratios] == [2.0, 4.0, 1.0]
-    assert [record["subject"] for record in written(session) if record["quantity"] == "latency"] == [
-        "one",
-        "base",
-        "two",
-    ]
+    assert not failures(session)
+    assert workers.compared == [[BASE, ONE, TWO], [BASE, TWO]]
+    assert not written(session, "failure")
+
+
+def test_a_base_that_is_refused_in_every_attempt_has_failed_once(session: Session, workers: Workers) -> None:
+    refused = Refusal(BASE, "oom", "full")
+    workers.comparisons = [dies("crashed", "exit", refused, of=ONE), says(FINGERPRINT, refused, timing(TWO))]
+    session.result(ONE)
+
+    assert failures(session) == {ONE: "crashed: exit", BASE: "oom: full"}
+    assert [record["subject"] for record in written(session, "failure")] == ["base", "one"]
+
+
+def test_a_worker_that_ends_without_a_word_about_a_row_has_failed_it(session: Session, workers: Workers) -> None:
+    workers.comparisons = [says(FINGERPRINT, timing(ONE), timing(BASE))]
+    session.result(ONE)
+
+    assert failures(session) == {TWO: "error: the worker ended without a word about it"}
 
 
 def test_memory_that_cannot_be_taken_is_unavailable_with_the_reason(session: Session, workers: Workers) -> None:
-    prefill = row("one", "separate", "prefill")
-    session.planned = [prefill, ONE]
-    workers.timing = [timing(of, 1.0) for of in (prefill.base(), BASE, prefill, ONE)]
-    workers.memory["one"] = [(prefill, {"parameter_bytes": 7}), Failure("oom", "out of memory")]
+    session.planned = [PREFILL, ONE, TWO]
+    workers.weighings = [
+        weighs_all,
+        dies("oom", "full", (PREFILL, MEMORY), of=ONE),
+        dies("crashed", "exit"),
+    ]
+    session.result(ONE)
 
-    assert session.result(ONE).memory == {"attribution": "unavailable (out of memory)"}
-    assert session.result(prefill).memory == {"parameter_bytes": 7}
-    assert not session.result(ONE).failure
+    assert session.results[PREFILL].memory == MEMORY
+    assert session.results[ONE].memory == {"attribution": "unavailable (oom: full)"}
+    assert session.results[TWO].memory == {"attribution": "unavailable (crashed: exit)"}
+    assert not failures(session)
+    assert len(written(session, "memory")) == 5
+
+
+def test_a_phase_that_cannot_be_weighed_costs_its_own_alone(session: Session, workers: Workers) -> None:
+    session.planned = [PREFILL, ONE]
+    workers.weighings = [weighs_all, dies("timeout", "1 s", of=PREFILL)]
+    session.result(ONE)
+
+    assert workers.weighed[1:] == [[PREFILL, ONE], [ONE]]
+    assert session.results[PREFILL].memory == {"attribution": "unavailable (timeout: 1 s)"}
+    assert session.results[ONE].memory == MEMORY
+
+
+def test_a_lost_gpu_ends_everything_and_keeps_what_is_measured(session: Session, workers: Workers) -> None:
+    session.planned = [PREFILL, ONE, TRAINING]
+    lost = dies("gpu_lost", "GpuLost: fell off", timing(PREFILL), timing(PREFILL.base()), of=ONE)
+    workers.comparisons = [lost]
+    for of in session.planned:
+        session.result(of)
+
+    text = "gpu_lost: GpuLost: fell off"
+    assert session.lost == "GpuLost: fell off"
+    assert failures(session) == dict.fromkeys([ONE, BASE, TRAINING, TRAINING.base()], text)
+    assert session.results[PREFILL].measured
+    # No worker touches a lost device; and what was not weighed is no record, for a resumed run to weigh it.
+    assert (len(workers.compared), workers.weighed) == (1, [])
+    assert session.results[PREFILL].memory == {"attribution": "unavailable (gpu_lost: GpuLost: fell off)"}
+    assert not written(session, "memory")
+    assert {record["kind"] for record in written(session, "failure")} == {"gpu_lost"}
+
+
+def test_a_gpu_that_is_lost_while_weighing_ends_everything_too(session: Session, workers: Workers) -> None:
+    session.planned = [ONE, TWO, TRAINING]
+    workers.weighings = [weighs_all, dies("gpu_lost", "fell off", of=ONE)]
+    for of in session.planned:
+        session.result(of)
+
+    assert session.lost == "fell off"
+    assert failures(session) == dict.fromkeys([TRAINING, TRAINING.base()], "gpu_lost: fell off")
+    assert workers.weighed == [[BASE], [ONE]]
+    assert [record["subject"] for record in written(session, "memory")] == ["base"]
+    assert session.results[TWO].memory == {"attribution": "unavailable (gpu_lost: fell off)"}
+
+
+# --- what is written and told ---------------------------------------------------------------------------------------
 
 
 def test_every_measurement_is_a_record_with_device_fingerprint_and_raw_samples(
     session: Session, workers: Workers
 ) -> None:
-    workers.timing = [FINGERPRINT, timing(ONE, 1.0), timing(TWO, 2.0), timing(BASE, 0.5)]
+    session.plan([ONE, TWO])
     session.result(ONE)
-    records = written(session)
+    plan, *records = read(session.records.path)
 
+    assert (plan["quantity"], plan["device"]) == ("plan", "cpu")
+    assert [Row(each["subject"], Workload(**each["workload"])) for each in plan["rows"]] == [ONE, TWO]
     found = [f"{record['quantity']} {record['subject']}" for record in records]
-    assert found == ["latency one", "latency two", "latency base", "memory base", "memory one", "memory two"]
+    assert found == ["latency base", "latency one", "latency two", "memory base", "memory one", "memory two"]
     for record in records:
         assert record["device"] == "cpu"
         assert record["fingerprint"] == FINGERPRINT
         assert Row(record["subject"], Workload(**record["workload"])) in (ONE, TWO, BASE)
-    first = records[0]
+    base, first = records[:2]
     assert first["samples_seconds"] == [1.0] * ROUNDS
+    assert first["order"] == first["base_order"] == list(range(ROUNDS))
+    assert first["interrupted"] == first["base_interrupted"] == [False] * ROUNDS
     assert first["base_samples_seconds"] == [0.5] * ROUNDS
-    assert first["interleaved_with"] == [str(ONE), str(BASE)]
+    assert first["interleaved_with"] == [str(ONE)]
+    assert first["window"] == WINDOW
     assert first["correctness"] == {"checks": 14, "error_ratio": 0.5, "visibility": 9.0}
-    assert records[2]["correctness"] is None
-    assert records[3]["memory"] == {"parameter_bytes": 7}
+    assert base["correctness"] is None
+    assert records[3]["memory"] == MEMORY
 
 
 def test_what_is_done_is_told(session: Session, workers: Workers, told: list[str]) -> None:
-    workers.timing = [Progress("timing decode"), *(timing(of, 1.0) for of in (ONE, TWO, BASE))]
+    workers.comparisons = [says(FINGERPRINT, Progress("timing decode"), *map(timing, (ONE, TWO, BASE)))]
     session.result(ONE)
 
     assert told == [
         "building and proving 3 arms of micro",
         "timing decode",
         "memory of base, in a process of its own",
-        "memory of one separate, in a process of its own",
-        "memory of two separate, in a process of its own",
+        "memory of one separate r4, in a process of its own",
+        "memory of two separate r4, in a process of its own",
     ]
 
 
 def test_what_goes_beside_the_samples_is_json_and_says_all(session: Session, workers: Workers) -> None:
-    workers.timing = [FINGERPRINT, timing(ONE, 1.0), timing(BASE, 0.5)]
     info = json.loads(json.dumps(session.extra_info(session.result(ONE))))
 
     assert info == {
@@ -210,19 +308,31 @@ def test_what_goes_beside_the_samples_is_json_and_says_all(session: Session, wor
         "fingerprint": FINGERPRINT,
         "tokens_per_second": 2.0,
         "ratio_to_base": {"median": 2.0, "low": 2.0, "high": 2.0, "confidence": 0.95},
-        "interleaved_with": [str(ONE), str(BASE)],
-        "memory": {"parameter_bytes": 7},
+        "interleaved_with": [str(ONE)],
+        "percentiles_seconds": {"p50": 1.0},
+        "bound": None,
+        "window": WINDOW,
+        "memory": MEMORY,
+        "reconciled": reconciled(ONE.workload, "cpu", MEMORY),
+        "energy": {},
         "proof": {"checks": 14, "error_ratio": 0.5, "visibility": 9.0},
     }
 
 
-def test_figures_come_from_the_samples() -> None:
-    result = Result(
-        row("one", "separate", "prefill"), [4.0, 1.0, 2.0, 3.0, 5.0, 6.0, 7.0], [2.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0]
-    )
+def test_the_first_ceilings_of_a_dtype_are_the_run_s_and_bound_its_steps(session: Session, workers: Workers) -> None:
+    other = row("one", "separate", "decode", dtype="bf16")
+    session.planned = [ONE, TRAINING, other]
+    ceilings = [Ceilings(float(at), 1e30) for at in (1000, 2000, 3000)]
+    workers.comparisons = [
+        says(FINGERPRINT, ceiling, *map(timing, (of, of.base())))
+        for of, ceiling in zip(session.planned, ceilings, strict=True)
+    ]
+    for of in session.planned:
+        session.result(of)
 
-    assert (result.latency.median, result.latency.low, result.latency.high) == (4.0, 1.0, 7.0)
-    assert result.ratio is not None
-    assert result.ratio.median == 3.0
-    assert result.tokens_per_second == 12 / 4.0
-    assert Result(ONE, [1.0]).ratio is None
+    assert session.ceilings == {"fp32": ceilings[0], "bf16": ceilings[2]}
+    assert [record["dtype"] for record in written(session, "ceilings")] == ["fp32", "bf16"]
+    counted, bounded = count(ONE.workload), session.extra_info(session.result(ONE))["bound"]
+    seconds = counted.bytes / 1000
+    assert bounded == {"seconds": seconds, "by": "bytes", **counted._asdict(), "fraction": seconds / 1.0}
+    assert session.bound(Row("one", Workload(**ONE.workload.as_dict() | {"model": "some/checkpoint"}))) is None

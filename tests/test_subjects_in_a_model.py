@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_bench import bounds, definition
-from lora_bench.bench.arm import TARGETS
+from lora_bench.bench.workload import TARGETS
 from lora_bench.bounds import Arithmetic, worst
 from lora_bench.models.bases import dequantised, quantise
 from lora_bench.models.build import build

@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 
+from lora_bench.bench.counts import Ceilings
 from lora_bench.bench.records import Records
-from lora_bench.bench.session import Result, Session
+from lora_bench.bench.result import Result
+from lora_bench.bench.sampling import Samples
+from lora_bench.bench.session import Session
 from lora_bench.bench.workload import BASE, Row, Workload
 from lora_bench.report.table import render
 
 MIB = 2**20
 ROUNDS = [0.99, 1.0, 1.01, 0.98, 1.0, 1.02, 1.0]
+CEILINGS = Ceilings(1e9, 1e10)
 BASE_ROW = Row(BASE, Workload(BASE, "decode", "micro", "fp32", rank=0, batch=2, sequence=8))
 
 
@@ -21,16 +25,21 @@ def row(subject: str, setup: str, **changes: Any) -> Row:
     return Row(subject, Workload(**BASE_ROW.workload.as_dict() | {"setup": setup, "rank": 4} | changes))
 
 
-def result(of: Row, seconds: float, rounds: list[float] = ROUNDS, base: float = 2e-3, **memory: Any) -> Result:
-    base_seconds = [] if of.subject == BASE else [base for _ in rounds]
+def samples(seconds: list[float]) -> Samples:
+    return Samples(seconds, [0] * len(seconds), [False] * len(seconds))
+
+
+def result(of: Row, seconds: float, rounds: list[float] = ROUNDS, base: float | None = 2e-3, **memory: Any) -> Result:
+    base_samples = samples([] if of.subject == BASE or base is None else [base for _ in rounds])
     memory = memory or {"resident_peak_bytes": 300 * MIB}
-    return Result(of, [seconds * part for part in rounds], base_seconds, memory=memory)
+    return Result(of, samples([seconds * part for part in rounds]), base_samples, memory=memory)
 
 
 def session(tmp_path: Path, *results: Result, device: str = "cpu", name: str = "A Processor") -> Session:
     made = Session(device, 1.0, Records(tmp_path), print)
     made.results = {result.row: result for result in results}
     made.fingerprint = {"hard": {"device_name": name}}
+    made.ceilings = {"fp32": CEILINGS}
     return made
 
 
@@ -39,11 +48,14 @@ def test_the_table_reads_as_written_here(tmp_path: Path) -> None:
     full = Row(BASE, Workload(**train))
     made = session(
         tmp_path,
-        Result(row("peft", "merged"), failure="wrong: model.layers.0.self_attn.q_proj"),
+        Result(row("peft", "merged"), kind="wrong", failure="Wrong: model.layers.0.self_attn.q_proj"),
         result(row("reference", "separate"), 3e-3),
+        result(row("reference", "separate", rank=64), 3.5e-3),
         result(row("reference", "batched", adapters=3), 3.123456e-3, rounds=[1.0, 1.1]),
-        result(row("peft", "separate"), 12.5, base=0.2, resident_peak_bytes="unavailable (no mark)"),
-        Result(row("peft", "four_bit"), [2e-3] * 7, memory={"attribution": "unavailable (oom)"}),
+        result(row("reference", "batched", rank=64, adapters=32, popularity="zipf"), 4e-3),
+        result(row("peft", "separate"), 12.5, base=5.0, resident_peak_bytes="unavailable (no mark)"),
+        result(row("peft", "four_bit"), 2e-3, base=None, attribution="unavailable (oom)"),
+        result(row("reference", "separate", phase="switch"), 1e-3),
         result(BASE_ROW, 2e-3),
         result(full, 5e-3),
         result(Row("peft", Workload(**train | {"setup": "separate", "rank": 4})), 4e-3),
@@ -52,22 +64,29 @@ def test_the_table_reads_as_written_here(tmp_path: Path) -> None:
     assert (
         render(made)
         == """\
-decode: micro fp32, batch 2 x 8 tokens, rank 4, 3 adapters batched, device=cpu
-set-up    subject                      ms                   x base  tokens/s     peak MiB  samples
-base                       2 [1.96, 2.04]                        1     1,000          300        7
-merged    peft                     failed
-separate  reference        3 [2.94, 3.06]     1.500 [1.470, 1.530]       667          300        7
-separate  peft       12500 [12250, 12750]  62.500 [61.250, 63.750]         0  unavailable        7
-batched   reference      3.28 [-inf, inf]        1.640 [-inf, inf]       610          300        2
-four_bit  peft                   2 [2, 2]                  no base     1,000  unavailable        7
+decode: micro fp32, batch 2 x 8 tokens, device=cpu
+set-up    subject     r        n         ms                x base  tokens/s      bound  MiB  samples
+base                                  2 ±2%                     1     1,000  17% bytes  300        7
+merged    peft        4               wrong
+separate  reference   4               3 ±2%  1.500 [1.470, 1.530]       667  12% bytes  300        7
+separate  reference  64             3.5 ±2%  1.750 [1.715, 1.785]       571  25% bytes  300        7
+separate  peft        4           12500 ±2%  2.500 [2.450, 2.550]         0   0% bytes  n/a        7
+batched   reference   4        3       3.28     1.640 [-inf, inf]       610  12% bytes  300        2
+batched   reference  64  32 zipf      4 ±2%  2.000 [1.960, 2.040]       500  35% bytes  300        7
+four_bit  peft        4               2 ±2%               no base     1,000   6% bytes  n/a        7
 
-train: micro fp32, batch 2 x 8 tokens, rank 4, device=cpu
-set-up            subject              ms                x base  tokens/s  peak MiB  samples
-full fine-tuning             5 [4.9, 5.1]                     1     3,200       300        7
-separate          peft     4 [3.92, 4.08]  2.000 [1.960, 2.040]     4,000       300        7
+switch: micro fp32, to other adapters, device=cpu
+set-up    subject    r  n     ms                x base  tokens/s  bound  MiB  samples
+separate  reference  4     1 ±2%  0.500 [0.490, 0.510]                   300        7
 
-device=cpu (A Processor); medians with 95 % intervals; x base: median of the ratios
-of samples taken in the same round; memory: resident set peak in a process of its own."""
+train: micro fp32, batch 2 x 8 tokens, device=cpu
+set-up    subject  r  n     ms                x base  tokens/s      bound  MiB  samples
+full                     5 ±2%                     1     3,200  78% bytes  300        7
+separate  peft     4     4 ±2%  2.000 [1.960, 2.040]     4,000  31% bytes  300        7
+
+device=cpu (A Processor); medians with 95 % intervals; x base: median of the ratios of samples taken
+in the same round; n: adapters that a mixed batch asks for; bound: the least time that 10 GFLOP/s
+(fp32) and 1.0 GB/s allow, as a share of this one; MiB: resident set peak in a process of its own."""
     )
 
 
@@ -80,23 +99,52 @@ def test_a_gpu_s_table_names_the_device_and_the_allocator_s_peak(tmp_path: Path)
 
     assert "device=cuda:1\n" in text
     assert text.splitlines()[2].split()[-2:] == ["4", "7"]
-    assert text.endswith(
-        "device=cuda:1 (A GPU); medians with 95 % intervals; x base: median of the ratios\n"
-        "of samples taken in the same round; memory: torch allocated peak in a process of its own."
-    )
+    assert "device=cuda:1 (A GPU); medians" in text
+    assert " ".join(text.split()).endswith("MiB: torch allocated peak in a process of its own.")
 
 
 def test_without_any_memory_the_table_says_so(tmp_path: Path) -> None:
     text = render(session(tmp_path, result(BASE_ROW, 2e-3, attribution="unavailable (oom)")))
 
-    assert text.endswith("memory: unavailable.")
+    assert text.endswith("MiB: n/a, and the records say why.")
+
+
+@pytest.mark.parametrize(
+    ("kind", "cell"),
+    [*((kind, kind) for kind in ("wrong", "oom", "crashed", "timeout", "gpu_lost", "error")), ("", "not measured")],
+)
+def test_a_row_without_times_says_what_went_wrong(tmp_path: Path, kind: str, cell: str) -> None:
+    failed = Result(row("peft", "merged", rank=64), kind=kind, failure=kind and f"{kind}: why")
+    lines = render(session(tmp_path, failed, result(BASE_ROW, 2e-3))).splitlines()
+
+    (line,) = (line for line in lines if line.startswith("merged"))
+    assert line.split() == ["merged", "peft", "64", *cell.split()]
+
+
+def test_samples_of_rounds_that_do_not_count_are_not_counted(tmp_path: Path) -> None:
+    kept = result(BASE_ROW, 2e-3, [1.0] * 12)
+    kept.samples.interrupted[3] = True
+    kept.samples.seconds[3] = 9e9
+
+    assert " 2 ±0% " in render(session(tmp_path, kept))
+    assert render(session(tmp_path, kept)).splitlines()[2].endswith(" 11")
+
+
+def test_without_ceilings_or_shapes_there_is_no_bound(tmp_path: Path) -> None:
+    unknown = result(row("peft", "merged", model="some/checkpoint"), 2e-3)
+    known = session(tmp_path, result(BASE_ROW, 2e-3), unknown)
+    assert [line.count("% bytes") for line in render(known).splitlines()[2:4]] == [1, 0]
+
+    known.ceilings = {}
+    assert "% bytes" not in render(known)
+    assert "unknown" in render(known)
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(9.99996, "10000"), (0.99996, "1000"), (0.12345678, "123.5"), (1e-7, "0.0001")]
 )
 def test_milliseconds_have_no_exponent(tmp_path: Path, seconds: float, text: str) -> None:
-    assert f" {text} [" in render(session(tmp_path, result(BASE_ROW, seconds, [1.0] * 6)))
+    assert f" {text} ±0% " in render(session(tmp_path, result(BASE_ROW, seconds, [1.0] * 6)))
 
 
 def test_names_in_brackets_and_colons_are_printed_as_they_are(tmp_path: Path) -> None:
@@ -117,5 +165,5 @@ def test_no_line_is_wider_than_a_terminal_nor_ends_in_spaces(tmp_path: Path) -> 
     assert lines == [line.rstrip() for line in lines]
     # Folded, never cut: the end of the text tells two subjects of one file apart.
     (first,) = (number for number, line in enumerate(lines) if line.startswith("separate"))
-    pieces = [line[len("separate  ") :].split(" ")[0] for line in lines[first : lines.index("device=cpu")]]
+    pieces = [line[len("separate  ") :].split(" ")[0] for line in lines[first : lines.index("", first)]]
     assert "".join(pieces) == long.subject

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from lora_bench.bench.switch import Switch
+from lora_bench.bench.workload import TARGET_SETS
 from lora_bench.case import DTYPES
 from lora_bench.models.bases import FOUR_BIT, quantise
 from lora_bench.models.inject import adapt, find_targets, replace
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
     from lora_bench.models.routing import Router
     from lora_bench.subject import Subject
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 
 @dataclass
 class Arm:
@@ -39,7 +39,8 @@ class Arm:
 
     layers: the replaced modules by name; controls: the same layers without an adapter, whose (dequantised) weight and
     bias the definition uses; adapters: the spec and factors of each layer's adapters; stored: the weight that a merged
-    layer of that name holds, if it tells; ids: which adapter each sequence of a batch uses.
+    layer of that name holds, if it tells; switch: puts other adapters in their place; ids: which adapter each sequence
+    of a batch uses.
     """
 
     setup: str
@@ -48,6 +49,7 @@ class Arm:
     controls: dict[str, nn.Module] = field(default_factory=dict)
     adapters: dict[str, list[tuple[LoraSpec, Factors]]] = field(default_factory=dict)
     stored: Callable[[str], object] = lambda _name: None
+    switch: Switch | None = None
     router: Router | None = None
     ids: Tensor | None = None
 
@@ -67,31 +69,41 @@ def build_arm(
     if subject is None:
         return Arm(workload.setup, model)
     spec = LoraSpec(workload.rank, alpha=2.0 * workload.rank)
-    adapters = {name: draw_adapters(name, layer, workload) for name, layer in find_targets(model, TARGETS).items()}
+    targets = TARGET_SETS[workload.targets]
+    adapters = {name: draw_adapters(name, layer, workload) for name, layer in find_targets(model, targets).items()}
     if workload.setup == "four_bit":
-        quantise(model, next(kind for kind in subject.layers if kind in FOUR_BIT), TARGETS)
-    bases = find_targets(model, TARGETS)
-    layers = adapt(model, subject, spec, TARGETS)
+        quantise(model, next(kind for kind in subject.layers if kind in FOUR_BIT), targets)
+    bases = find_targets(model, targets)
+    layers = adapt(model, subject, spec, targets)
     for name, layer in layers.items():
         subject.load(layer, adapters[name][0][1])
     arm = Arm(workload.setup, model.eval())
     if pristine is not None:  # otherwise nothing is judged, and what judges would be weighed with the model
         arm.adapters = adapters
-        arm.controls = bases if workload.setup == "four_bit" else find_targets(pristine, TARGETS)
+        arm.controls = bases if workload.setup == "four_bit" else find_targets(pristine, targets)
+    if workload.phase == "switch":
+        others = {name: draw_adapters(f"{name}, other", layer, workload) for name, layer in bases.items()}
+        arm.switch = Switch(workload.setup, subject, model, layers, (adapters, others))
     if workload.setup == "merged":
-        merge: Callable[[Any], Any] = subject.merge_and_unload or subject.merge  # type: ignore[assignment]  # offers one
-        for name, layer in layers.items():
-            merged = merge(layer)
-            replace(model, name, layer if merged is None else merged)
-        if subject.merge_and_unload is not None:
-            arm.stored = lambda name: getattr(arm.layers[name], "weight", None)
-        elif (weight := subject.weight) is not None:
-            arm.stored = lambda name: weight(layers[name])
+        _merge(arm, subject, layers)
     elif workload.setup == "batched":
         arm.router = route_model(model, subject, layers, adapters)
-        arm.ids = torch.arange(workload.batch) % workload.adapters
+        arm.ids = torch.tensor(workload.asked)
     arm.layers = {name: model.get_submodule(name) for name in layers}
     return arm
+
+
+def _merge(arm: Arm, subject: Subject, layers: dict[str, Any]) -> None:
+    """Merge every layer: for good where the subject can, but not where another adapter is to take its place."""
+    in_place = arm.switch is not None or subject.merge_and_unload is None
+    merge: Callable[[Any], Any] = subject.merge if in_place else subject.merge_and_unload  # type: ignore[assignment]
+    for name, layer in layers.items():
+        merged = merge(layer)
+        replace(arm.model, name, layer if merged is None else merged)
+    if not in_place:
+        arm.stored = lambda name: getattr(arm.layers[name], "weight", None)
+    elif (weight := subject.weight) is not None:
+        arm.stored = lambda name: weight(layers[name])
 
 
 def draw_adapters(name: str, linear: Any, workload: Workload) -> list[tuple[LoraSpec, Factors]]:
@@ -122,7 +134,8 @@ class Step:
 
 def make_step(arm: Arm, workload: Workload) -> Step:
     """The step of the workload's phase: what is timed is what was judged, on the same modules."""
-    step = {"prefill": _prefill, "decode": _decode, "train": _train}[workload.phase](arm, workload)
+    steps = {"prefill": _prefill, "decode": _decode, "switch": _switch, "train": _train}
+    step = steps[workload.phase](arm, workload)
     return replace_fields(step, relocate=lambda: relocate(arm.model))
 
 
@@ -180,6 +193,11 @@ def _decode(arm: Arm, workload: Workload) -> Step:
             cache.crop(-extra)
 
     return Step(run, prepare=forget)
+
+
+def _switch(arm: Arm, _workload: Workload) -> Step:
+    assert arm.switch is not None
+    return Step(arm.switch)
 
 
 def _train(arm: Arm, workload: Workload) -> Step:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lora_bench.bench import nvml
+from lora_bench.bench import nvml, nvml_state
 
 
 def fingerprint(device: str) -> dict[str, Any]:
@@ -33,6 +33,9 @@ def fingerprint(device: str) -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "driver": str(nvml.driver_version(uuid)),
             "power_limit_watts": _plain(nvml.power_limit_watts(uuid)),
+            "ecc": _plain(nvml_state.ecc_mode(uuid)),
+            "mig": _plain(nvml_state.mig_mode(uuid)),
+            "compute_mode": _plain(nvml_state.compute_mode(uuid)),
         }
     else:
         hard |= {"instructions": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}

@@ -1,38 +1,40 @@
-"""The two jobs of a worker: time a comparison's rows side by side, and take one arm's peak memory."""
+"""The jobs of a worker: time a comparison's rows side by side; take one arm's peak memory, or its energy."""
 
 from __future__ import annotations
 
 import copy
 import gc
 import os
-import random
-import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from lora_bench import subjects
 from lora_bench.bench.arm import build_arm, make_step, torch_dtype
+from lora_bench.bench.ceilings import measure_ceilings
 from lora_bench.bench.clock import clock_of
+from lora_bench.bench.clocks import Window
+from lora_bench.bench.energy import measure_energy
+from lora_bench.bench.isolate import failure_kind, hold
 from lora_bench.bench.machine import fingerprint
-from lora_bench.bench.memory import parameter_bytes, peak_memory
-from lora_bench.bench.proof import Wrong, prove, prove_training, summary
+from lora_bench.bench.memory import device_used_bytes, parameter_bytes, peak_memory
+from lora_bench.bench.meter import meter_of
+from lora_bench.bench.nvml import Unavailable
+from lora_bench.bench.proof import Wrong, prove, prove_switched, prove_training, summary
+from lora_bench.bench.sampling import Samples, interleave
 from lora_bench.bench.workload import BASE
 from lora_bench.models.build import build as build_model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from transformers import PreTrainedModel
 
     from lora_bench.bench.arm import Arm, Step
+    from lora_bench.bench.counts import Ceilings
     from lora_bench.bench.proof import Proof
     from lora_bench.bench.workload import Row
     from lora_bench.subject import Subject
-
-WARM_UP_ROUNDS = 2
-LEAST_ROUNDS, MOST_ROUNDS = 10, 200
-ROUNDS_IN_PLACE = 2
 
 
 class Progress(NamedTuple):
@@ -42,13 +44,17 @@ class Progress(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """One row's seconds in order of measurement, and the base's of the same rounds; `beside`: all that took turns."""
+    """One row's samples, and the base's of the same rounds; `beside`: all that took turns.
+
+    `window` is what happened to the device's clocks meanwhile, as `Window.as_dict` tells it.
+    """
 
     row: Row
-    seconds: list[float]
-    base_seconds: list[float]
+    samples: Samples
+    base: Samples
     proof: Proof | None
     beside: list[str]
+    window: dict[str, Any]
 
 
 class Refusal(NamedTuple):
@@ -61,8 +67,8 @@ class Refusal(NamedTuple):
 
 def compare(
     rows: Sequence[Row], device: str, budget_seconds: float
-) -> Iterator[Progress | Timing | Refusal | dict[str, Any]]:
-    """Time `rows` (each phase's base among them) interleaved; yields the fingerprint, then each row's result.
+) -> Iterator[Progress | Timing | Refusal | Ceilings | dict[str, Any]]:
+    """Time `rows` (each phase's base among them) interleaved; yields fingerprint, ceilings, then each row's result.
 
     Every arm is built and proven first; rows whose arm fails are refused and the rest goes on. In each round every
     row of a phase runs once, in random order, so that what disturbs the machine disturbs all of them. Arms that do
@@ -70,11 +76,13 @@ def compare(
     """
     settle_threads(device)
     yield fingerprint(device)
+    yield measure_ceilings(device, torch_dtype(rows[0].workload.dtype))
     base = build_base(rows[0], device)
+    numbers = {row: number for number, row in enumerate(rows)}
     for number, group in enumerate(groups_that_fit(rows, parameter_bytes(base), free_bytes(device))):
         if number and group[0].workload.phase == "train":
             base = build_base(group[0], device)  # the group before has trained the other
-        yield from _compare_group(group, base, device, budget_seconds)
+        yield from _compare_group(group, base, device, budget_seconds, lambda row: hold(numbers[row]))
         _release(device)
 
 
@@ -87,8 +95,8 @@ def groups_that_fit(rows: Sequence[Row], weight_bytes: int, room: int) -> list[l
     per_group = max(1, int(room / (weight_bytes * 1.125)))
     groups = []
     for start in range(0, len(arms) or 1, per_group):
-        chosen = {(BASE, BASE), *arms[start : start + per_group]}
-        groups.append([row for row in rows if row.arm in chosen])
+        chosen = arms[start : start + per_group]
+        groups.append([row for row in rows if row.subject == BASE or row.arm in chosen])
     return groups
 
 
@@ -111,37 +119,60 @@ def free_bytes(device: str) -> int:
 
 
 def _compare_group(
-    rows: Sequence[Row], base: PreTrainedModel, device: str, budget_seconds: float
+    rows: Sequence[Row],
+    base: PreTrainedModel,
+    device: str,
+    budget_seconds: float,
+    holding: Callable[[Row], None],
 ) -> Iterator[Progress | Timing | Refusal]:
     steps: dict[Row, Step] = {}
     proofs: dict[Row, Proof | None] = {}
     for arm_rows in _by_arm(rows):
+        holding(arm_rows[0])
         try:
             ready = _ready(base, arm_rows)
-        except Exception as error:  # noqa: BLE001  # a subject may raise anything; its rows are refused by name
-            yield from [Refusal(row, failure_kind(error), f"{type(error).__name__}: {error}") for row in arm_rows]
+        except Exception as error:  # a subject may raise anything; its rows are refused by name
+            if (kind := refusal_kind(error)) == "gpu_lost":
+                raise
+            yield from [Refusal(row, kind, told(error, device)) for row in arm_rows]
             _release(device)
             continue
         for row, (step, proof) in zip(arm_rows, ready, strict=True):
             steps[row], proofs[row] = step, proof
         if shown := [proof for row in arm_rows if (proof := proofs[row]) is not None]:
             checks, error_ratio, _ = summary(shown)
-            name = " ".join(arm_rows[0].arm)
+            name = arm_rows[0].arm_name
             yield Progress(f"{name} is right: {checks} checks, errors up to {error_ratio:.2f} of their bounds")
     for phase in dict.fromkeys(row.workload.phase for row in steps):
-        chosen = {row: step for row, step in steps.items() if row.workload.phase == phase}
+        of_phase = [row for row in steps if row.workload.phase == phase]
+        controls = {row.base() for row in of_phase}
+        chosen = {row: step for row, step in steps.items() if row in of_phase or row in controls}
         yield Progress(f"timing {phase}: {len(chosen)} rows taking turns, about {budget_seconds:.0f} s")
-        seconds = time_interleaved(chosen, device, budget_seconds)
-        base_seconds = next((seconds[row] for row in seconds if row.subject == BASE), [])
-        for row in seconds:
-            yield Timing(row, seconds[row], base_seconds, proofs[row], [str(other) for other in seconds])
+        with Window(device) as window:
+            samples = interleave(
+                chosen,
+                clock_of(device),
+                budget_seconds=budget_seconds,
+                relocating=not device.startswith("cuda"),
+                holding=holding,
+            )
+        control = next((samples[row] for row in samples if row.subject == BASE), Samples([], [], []))
+        for row in samples:
+            beside = [str(other) for other in samples]
+            yield Timing(row, samples[row], control, proofs[row], beside, window.as_dict())
 
 
-def failure_kind(error: BaseException) -> str:
-    """Tell "wrong" (it does not compute LoRA) and "oom" (out of memory) from any other "error"."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return "oom"
-    return "wrong" if isinstance(error, Wrong) else "error"
+def refusal_kind(error: Exception) -> str:
+    """Tell "wrong" (it does not compute LoRA) from what `failure_kind` tells apart."""
+    return "wrong" if isinstance(error, Wrong) else failure_kind(error)
+
+
+def told(error: Exception, device: str) -> str:
+    """An exception's type and text, and where the memory ran out, the peak that it had reached."""
+    text = f"{type(error).__name__}: {error}"
+    if failure_kind(error) == "oom" and device.startswith("cuda"):
+        text += f" (peak reached: {torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB)"
+    return text
 
 
 def _ready(base: PreTrainedModel, rows: Sequence[Row]) -> list[tuple[Step, Proof | None]]:
@@ -150,9 +181,11 @@ def _ready(base: PreTrainedModel, rows: Sequence[Row]) -> list[tuple[Step, Proof
 
 
 def _release(device: str) -> None:
+    """Give back what is not used; raises where the device is out of order, which no other row in here survives."""
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
+        torch.cuda.synchronize(device)
 
 
 def _by_arm(rows: Sequence[Row]) -> list[list[Row]]:
@@ -179,6 +212,8 @@ def ready_row(row: Row, subject: Subject | None, arm: Arm) -> tuple[Step, Proof 
     training = row.workload.phase == "train"
     proof = prove_training(arm, subject) if training and subject is not None else None
     step = make_step(arm, row.workload)
+    if row.workload.phase == "switch":
+        return step, prove_switched(arm, row.workload)
     if subject is not None and not training:
         return step, prove(arm, step)
     # At its full size: a step that fails costs its own row here, and the whole comparison once all take turns.
@@ -187,36 +222,44 @@ def ready_row(row: Row, subject: Subject | None, arm: Arm) -> tuple[Step, Proof 
     return step, proof
 
 
-def time_interleaved(steps: dict[Row, Step], device: str, budget_seconds: float) -> dict[Row, list[float]]:
-    """Seconds of every step, one of each in each round, in seeded random order within the round.
-
-    On a CPU every other round finds the weights at other places in memory. There are at least 10 rounds, and then more
-    until `budget_seconds` are over or 200 rounds are done.
-    """
-    clock, order = clock_of(device), random.Random(0)
-    seconds: dict[Row, list[float]] = {row: [] for row in steps}
-    gc.collect()
-    started = time.monotonic()
-    for turn in range(-WARM_UP_ROUNDS, MOST_ROUNDS):
-        if turn >= LEAST_ROUNDS and time.monotonic() - started > budget_seconds:
-            break
-        if turn % ROUNDS_IN_PLACE == 0 and not device.startswith("cuda"):
-            for row in order.sample(list(steps), len(steps)):
-                steps[row].relocate()
-        for row in order.sample(list(steps), len(steps)):
-            steps[row].prepare()
-            taken = clock(steps[row].run)
-            if turn >= 0:
-                seconds[row].append(taken)
-    return seconds
-
-
-def weigh(rows: Sequence[Row], device: str) -> Iterator[tuple[Row, dict[str, Any]]]:
-    """The peak memory of one arm, phase by phase: run it in a process that does nothing else."""
+def weigh(rows: Sequence[Row], device: str) -> Iterator[tuple[Row, dict[str, Any]] | dict[str, Any]]:
+    """The fingerprint, and the peak memory of one arm, phase by phase: run it in a process that does nothing else."""
     settle_threads(device)
+    yield fingerprint(device)
+    used_before = device_used_bytes(device)
+    arm = _alone(rows, device)
+    for number, row in enumerate(rows):
+        hold(number)
+        step = make_step(arm, row.workload)
+        train = row.workload.phase == "train"
+        yield row, peak_memory(arm, step, device, train=train, used_before=used_before)
+
+
+def power(rows: Sequence[Row], device: str, seconds: float) -> Iterator[tuple[Row, dict[str, Any]] | dict[str, Any]]:
+    """The fingerprint, and the energy of one arm, phase by phase, each in a window of so many seconds."""
+    settle_threads(device)
+    yield fingerprint(device)
+    meter = meter_of(device)
+    if isinstance(meter, Unavailable):
+        yield from ((row, {"energy": str(meter)}) for row in rows)
+        return
+    arm = _alone(rows, device)
+    for number, row in enumerate(rows):
+        hold(number)
+        step = make_step(arm, row.workload)
+
+        def once(step: Step = step, number: int = number) -> None:
+            hold(number)
+            step.prepare()
+            step.run()
+
+        found = measure_energy(once, device=device, tokens=row.workload.tokens, seconds=seconds, meter=meter)
+        yield row, {"energy": str(found)} if isinstance(found, Unavailable) else found.as_dict()
+
+
+def _alone(rows: Sequence[Row], device: str) -> Arm:
+    """The arm of these rows, with nothing beside it to judge it by."""
     subject = None if rows[0].subject == BASE else subjects.find(rows[0].subject)
     arm = build_arm(build_base(rows[0], device), subject, rows[0].workload)
     gc.collect()
-    for row in rows:
-        step = make_step(arm, row.workload)
-        yield row, peak_memory(arm, step, device, train=row.workload.phase == "train")
+    return arm

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from lora_bench import bounds, definition
-from lora_bench.bench.arm import draw_tokens
+from lora_bench.bench.arm import draw_tokens, make_step
 from lora_bench.bounds import Arithmetic, Deviation
 from lora_bench.models.bases import dequantised
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lora_bench.bench.arm import Arm, Step
+    from lora_bench.bench.workload import Workload
     from lora_bench.subject import Subject
 
 ROWS = 16
@@ -70,6 +72,15 @@ def prove(arm: Arm, step: Step) -> Proof:
     return summary([judge_layer(arm, name, capture) for name, capture in captures.items()])
 
 
+def prove_switched(arm: Arm, workload: Workload) -> Proof:
+    """Switch once and judge what a prefill computes then, by the adapters that are to be served."""
+    assert arm.switch is not None
+    switch, prefill = arm.switch, make_step(arm, replace(workload, phase="prefill"))
+    switch()
+    arm.adapters = switch.served
+    return prove(arm, prefill)
+
+
 def sample_rows(x: Tensor, y: Tensor, ids: Tensor | None, shift: int = 0) -> Capture:
     """Up to 16 rows spread evenly over the batch, beginning at row `shift`, with the adapter of each."""
     x, rows = x.reshape(len(x), -1, x.shape[-1]), y.reshape(-1, y.shape[-1])
@@ -93,6 +104,9 @@ def judge_layer(arm: Arm, name: str, capture: Capture) -> Proof:
         rows = (capture.ids == index).to(capture.x.device)
         x, (spec, factors) = capture.x[rows], adapters[index]
         allowed = bound(x, weight, bias, factors, spec.scaling, arithmetic)
+        if (slack := left_behind(arm, name, weight, spec.scaling, arithmetic)) is not None:
+            furthest = weight.double().abs() + slack
+            allowed = bound(x, furthest, bias, factors, spec.scaling, arithmetic) + x.double().abs() @ slack.T
         wanted = definition.forward(x, weight, bias, factors, spec.scaling)
         deviation = bounds.worst(capture.y[rows], wanted, allowed)
         visible = bounds.visibility(definition.delta(x, factors, spec.scaling), allowed)
@@ -103,6 +117,14 @@ def judge_layer(arm: Arm, name: str, capture: Capture) -> Proof:
     return summary(proofs)
 
 
+def left_behind(arm: Arm, name: str, weight: Tensor, scaling: float, arithmetic: Arithmetic) -> Tensor | None:
+    """How far the weight may have strayed by unmerging the adapter that was served before; None where none was."""
+    if arm.setup != "merged" or arm.switch is None:
+        return None
+    ((_, other),) = arm.switch.other[name]
+    return bounds.unmerged_weight(weight, other, scaling, arithmetic)
+
+
 def judge_stored(arm: Arm, name: str, weight: Tensor, arithmetic: Arithmetic) -> list[Proof]:
     """The weight that a merged layer tells it holds must be W + s B A: a merge that changes nothing is none."""
     stored, ((spec, factors),) = arm.stored(name), arm.adapters[name]
@@ -110,6 +132,8 @@ def judge_stored(arm: Arm, name: str, weight: Tensor, arithmetic: Arithmetic) ->
         return []
     wanted = definition.merged_weight(weight, factors, spec.scaling)
     allowed = bounds.merged_weight(weight, factors, spec.scaling, arithmetic)
+    if (slack := left_behind(arm, name, weight, spec.scaling, arithmetic)) is not None:
+        allowed = slack + bounds.merged_weight(weight.double().abs() + slack, factors, spec.scaling, arithmetic)
     visible = bounds.visibility(wanted - weight.double(), allowed)
     return [_proof(f"the merged weight of {name}", bounds.worst(stored, wanted, allowed), visible)]
 

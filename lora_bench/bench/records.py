@@ -6,30 +6,85 @@ import json
 import os
 import subprocess
 import uuid
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Records:
-    """The record file of one run, `folder`/`run_id`.jsonl; raises OSError where it cannot be written."""
+    """The record file of one run, `folder`/`run_id`.jsonl; with `resume` that of an earlier run, to be gone on with.
 
-    def __init__(self, folder: Path) -> None:
-        self.run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"{self.run_id}.jsonl"
-        self.path.touch(exist_ok=False)
+    `resume` is the run's id or its file, and `earlier` what it has written. A last line that was cut off is taken away.
+    Where a record cannot be written the run goes on, and `unwritten` says why: what is measured is still told.
+
+    Raises OSError where the file cannot be made, and ValueError where there is no such run, or one that cannot be gone
+    on with: another schema, a line that is no record, no plan.
+    """
+
+    def __init__(self, folder: Path, resume: str | None = None) -> None:
+        self.earlier: list[dict[str, Any]] = []
+        self.unwritten = ""
+        if resume is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.path = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}.jsonl"
+            self.path.touch(exist_ok=False)
+        else:
+            self.path = Path(resume) if resume.endswith(".jsonl") else folder / f"{resume}.jsonl"
+            self.earlier = read(self.path)
+            if not any(record["quantity"] == "plan" for record in self.earlier):
+                raise ValueError(f"{self.path} holds no plan of a run to go on with")
+            self._mend()
+        self.run_id = self.path.stem
         self._common = {"schema": SCHEMA, "run_id": self.run_id, "git": git_state()}
+
+    def _mend(self) -> None:
+        """Take away the line that a killed run was writing."""
+        whole = self.path.read_bytes()
+        if whole[-1:] != b"\n":
+            with self.path.open("r+b") as file:
+                file.truncate(whole.rfind(b"\n") + 1)
 
     def append(self, **fields: Any) -> None:
         """Write one record and force it to the disk."""
         record = self._common | {"time": datetime.now(UTC).isoformat(timespec="seconds")} | fields
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            self.unwritten = self.unwritten or f"{self.path}: {error.strerror}"
+            with suppress(OSError):
+                os.truncate(self.path, size)  # or the next record would end a line that this one has begun
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a run, without a last line that was cut off.
+
+    Raises ValueError naming the file, the line and what is wrong with it.
+    """
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        raise ValueError(f"there is no run {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    lines = text.split("\n")
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last line's end is nothing, or cut off
+        try:
+            record = json.loads(line)
+            schema = record["schema"], record["quantity"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}, line {number}, is no record: {line[:60]!r}") from None
+        if schema[0] != SCHEMA:
+            raise ValueError(f"{path}, line {number}, is of schema {schema[0]}, wanted {SCHEMA}")
+        records.append(record)
+    return records
 
 
 def git_state() -> dict[str, Any] | None:

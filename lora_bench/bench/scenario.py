@@ -10,7 +10,7 @@ from lora_bench import subjects
 from lora_bench.bench import measure
 from lora_bench.bench.carrier import carry
 from lora_bench.bench.proof import Wrong
-from lora_bench.bench.workload import BASE, VERBS
+from lora_bench.bench.workload import BASE, verbs
 from lora_bench.models.bases import FOUR_BIT, missing
 from lora_bench.spec import LoraSpec
 
@@ -42,7 +42,7 @@ class Workshop:
             self._arm = (row.arm, row.comparison), measure.build(self._base[1], row)
         subject, arm = self._arm[1]
         measure.ready_row(row, subject, arm)
-        if row.arm == (BASE, BASE) and row.workload.phase == "train":
+        if row.subject == BASE and row.workload.phase == "train":
             self._base = None  # its weights were trained: they are no control any more
 
 
@@ -74,7 +74,7 @@ class Scenario:
         """With --benchmark, hand the row's samples to pytest-benchmark; otherwise nothing."""
         if self._session is not None:
             result = self._session.result(self.row)
-            carry(self._request.getfixturevalue("benchmark"), result.seconds, self._session.extra_info(result))
+            carry(self._request.getfixturevalue("benchmark"), result.samples.seconds, self._session.extra_info(result))
 
 
 def reason_to_skip(row: Row, device: str) -> str | None:
@@ -84,9 +84,9 @@ def reason_to_skip(row: Row, device: str) -> str | None:
     if row.subject in subjects.shipped() and (reason := subjects.missing(row.subject)):
         return reason
     subject, workload = subjects.find(row.subject), row.workload
-    alternatives = VERBS[workload.setup]
-    if not any(subject.offers(*verbs) for verbs in alternatives):
-        return f"{subject} does not offer {' or '.join(', '.join(verbs) for verbs in alternatives)}"
+    alternatives = verbs(workload)
+    if not any(subject.offers(*each) for each in alternatives):
+        return f"{subject} does not offer {' or '.join(', '.join(each) for each in alternatives)}"
     if workload.phase == "train" and not subject.offers("factors"):
         return f"{subject} does not offer factors, without which its gradients cannot be proven"
     if workload.dtype not in subject.dtypes:

@@ -2,122 +2,207 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.bench import measure
+from lora_bench.bench.counts import Bound, Ceilings, count, reconciled
 from lora_bench.bench.isolate import Failure, stream
-from lora_bench.bench.ratio import Interval, median_interval, paired_ratio
-from lora_bench.bench.workload import BASE, Row
+from lora_bench.bench.result import Result, recorded
+from lora_bench.bench.sampling import percentiles
+from lora_bench.bench.workload import BASE, Row, Workload
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Sequence
 
-    from lora_bench.bench.proof import Proof
     from lora_bench.bench.records import Records
 
-
-@dataclass
-class Result:
-    """What is known of a row: raw seconds in order, the base's of the same rounds, peak memory, or why not."""
-
-    row: Row
-    seconds: list[float] = field(default_factory=list)
-    base_seconds: list[float] = field(default_factory=list)
-    beside: list[str] = field(default_factory=list)
-    proof: Proof | None = None
-    memory: dict[str, Any] = field(default_factory=dict)
-    failure: str = ""
-
-    @property
-    def latency(self) -> Interval:
-        """Median seconds of one step."""
-        return median_interval(self.seconds)
-
-    @property
-    def ratio(self) -> Interval | None:
-        """Median of seconds over the base's, round by round; None where the base has none."""
-        return paired_ratio(self.seconds, self.base_seconds) if self.base_seconds else None
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.row.workload.tokens / self.latency.median
+SECONDS = 600.0
+"""How long a row may take without a sign of life, before it is taken to hang."""
+ELSEWHERE = ("gpu_lost", "not_comparable")
+"""Failures of this machine and not of a row: the run may still go on elsewhere, or later."""
+SILENT = "the worker ended without a word about it"
 
 
 class Session:
-    """Measures the planned rows, a comparison at a time, when the first of its results is asked for."""
+    """Measures the planned rows, a comparison at a time, when the first of its results is asked for.
 
-    def __init__(self, device: str, budget_seconds: float, records: Records, tell: Callable[[str], None]) -> None:
+    What a worker process dies of costs the row that it had in hand, and the others are measured without it; a lost GPU
+    costs all that are left. What the records hold of an earlier part of the run is not measured again.
+
+    Raises ValueError where those records lack something.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        budget_seconds: float,
+        records: Records,
+        tell: Callable[[str], None],
+    ) -> None:
         self.device, self.budget_seconds, self.records, self.tell = device, budget_seconds, records, tell
+        self.seconds, self.energy_seconds = SECONDS, 0.0
         self.planned: list[Row] = []
-        self.results: dict[Row, Result] = {}
-        self.fingerprint: dict[str, Any] = {}
+        self.lost = ""
+        try:
+            self.results, self.ceilings, self._began = recorded(records.earlier), _ceilings(records), _plan(records)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{records.path} cannot be gone on with: {error}") from None
+        fingerprints = [record["fingerprint"] for record in records.earlier if record.get("fingerprint")]
+        self.fingerprint: dict[str, Any] = fingerprints[-1] if fingerprints else {}
+
+    def plan(self, rows: Sequence[Row]) -> None:
+        """Take on rows, and write down which. Raises ValueError where the run that goes on had others."""
+        self.planned = list(rows)
+        if self._began is None:
+            now = [{"subject": row.subject, "workload": row.workload.as_dict()} for row in rows]
+            self.records.append(quantity="plan", device=self.device, rows=now)
+            return
+        for one, other, had in ((self._began, rows, "had"), (rows, self._began, "had not")):
+            if odd := next((row for row in one if row not in other), None):
+                raise ValueError(f"the run {self.records.run_id} {had} planned {odd}: it goes on with the same options")
 
     def result(self, row: Row) -> Result:
         """The row's result; measures its whole comparison if that has not happened yet."""
-        if row not in self.results:
+        if row not in self.results or not self._settled(self.results[row]):
             together = [other for other in self.planned if other.comparison == row.comparison]
-            bases = [other.base() for other in together]
-            self._time(list(dict.fromkeys([*bases, *together])))
-            self._weigh([self.results[other] for other in dict.fromkeys([*bases, *together])])
+            rows = list(dict.fromkeys([*(other.base() for other in together), *together]))
+            for other in rows:
+                self.results.setdefault(other, Result(other))
+            self._time(rows)
+            self._alone(rows, "memory", measure.weigh, ())
+            if self.energy_seconds:
+                self._alone(rows, "energy", measure.power, (self.energy_seconds,))
         return self.results[row]
 
+    def _settled(self, result: Result) -> bool:
+        """Whether nothing is left to measure: it failed, or has its times, its memory and, if asked for, its energy."""
+        measured = result.measured and result.memory and (result.energy or not self.energy_seconds)
+        return bool(result.failure or measured)
+
     def _time(self, rows: list[Row]) -> None:
-        self.tell(f"building and proving {len({row.arm for row in rows})} arms of {rows[0].workload.model}")
-        self.results |= {row: Result(row) for row in rows}
-        for message in stream(measure.compare, rows, self.device, self.budget_seconds):
+        """Time what has no times yet, beside its base, again without the row that ended a worker."""
+        while left := [row for row in rows if self.results[row].pending]:
+            if self.lost:
+                self._fail(left, "gpu_lost", self.lost)
+                return
+            asked = list(dict.fromkeys([*(row.base() for row in left), *left]))
+            self.tell(f"building and proving {len({row.arm for row in asked})} arms of {asked[0].workload.model}")
+            failure = self._compare(asked)
+            if failure is None:
+                self._fail(left, "error", SILENT)
+            elif failure.kind == "gpu_lost":
+                self.lost = failure.text
+            else:
+                culprit = None if failure.held is None else asked[failure.held]
+                # Without its base no row has anything to be compared with.
+                self._fail(
+                    left if culprit is None or culprit.subject == BASE else [culprit], failure.kind, failure.text
+                )
+
+    def _compare(self, rows: list[Row]) -> Failure | None:
+        """Time rows side by side in one worker; what ended it, if something did."""
+        for message in stream(measure.compare, rows, self.device, self.budget_seconds, seconds=self.seconds):
             match message:
                 case measure.Progress(text):
                     self.tell(text)
                 case measure.Timing():
                     self._keep(message)
                 case measure.Refusal(row, kind, text):
-                    self._fail([self.results[row]], kind, text)
-                case Failure(kind, text):
-                    results = [self.results[row] for row in rows]
-                    self._fail([result for result in results if not (result.seconds or result.failure)], kind, text)
+                    self._fail([row], kind, text)
+                case Failure():
+                    return message
+                case dict() if differs := self._differs(message):
+                    self._fail(rows, "not_comparable", differs)
+                    return None
                 case dict():
                     self.fingerprint = message
+                case Ceilings():
+                    self._reach(rows[0].workload.dtype, message)
+        return None
+
+    def _differs(self, fingerprint: dict[str, Any]) -> str:
+        """In what this machine is not the one on which the run began."""
+        began = self.fingerprint.get("hard", {})
+        return "; ".join(
+            f"the run began with {name} {began[name]}, and here it is {value}"
+            for name, value in fingerprint["hard"].items()
+            if name in began and began[name] != value
+        )
+
+    def _reach(self, dtype: str, ceilings: Ceilings) -> None:
+        """Take the first ceilings of a dtype for those of the run."""
+        if dtype not in self.ceilings:
+            self.ceilings[dtype] = ceilings
+            fields = {"dtype": dtype, "ceilings": ceilings._asdict()}
+            self.records.append(quantity="ceilings", device=self.device, fingerprint=self.fingerprint, **fields)
+
+    def bound(self, row: Row) -> Bound | None:
+        """The least that the row's step could take on this device; None where its model's shapes are not known."""
+        if row.workload.dtype not in self.ceilings:
+            return None
+        try:
+            return count(row.workload).bound(self.ceilings[row.workload.dtype])
+        except ValueError:
+            return None
 
     def _keep(self, timing: measure.Timing) -> None:
         result = self.results[timing.row]
-        if result.seconds:
-            return  # a further group's run of the base: its rows carry those samples themselves
-        result.seconds, result.base_seconds = timing.seconds, timing.base_seconds
-        result.proof, result.beside = timing.proof, timing.beside
-        self._record(
-            result,
-            quantity="latency",
-            samples_seconds=timing.seconds,
-            base_samples_seconds=timing.base_seconds,
-            interleaved_with=timing.beside,
-            correctness=timing.proof._asdict() if timing.proof else None,
-        )
+        if result.measured:
+            return  # a further run of the base: its rows carry those samples themselves
+        result.samples, result.base = timing.samples, timing.base
+        result.proof, result.beside, result.window = timing.proof, timing.beside, timing.window
+        self._record(result, result.timed())
 
-    def _weigh(self, results: Iterable[Result]) -> None:
-        """Peak memory, one process an arm."""
-        arms: dict[tuple[str, str], list[Row]] = {}
-        for result in results:
-            if result.seconds:
-                arms.setdefault(result.row.arm, []).append(result.row)
-        for (subject, setup), rows in arms.items():
-            self.tell(f"memory of {setup if subject == BASE else f'{subject} {setup}'}, in a process of its own")
-            for message in stream(measure.weigh, rows, self.device):
-                if isinstance(message, Failure):
-                    for row in rows:
-                        if not self.results[row].memory:
-                            self.results[row].memory = {"attribution": f"unavailable ({message.text})"}
-                            self._record(self.results[row], quantity="memory", memory=self.results[row].memory)
-                else:
-                    row, self.results[row].memory = message
-                    self._record(self.results[row], quantity="memory", memory=self.results[row].memory)
+    def _alone(
+        self, rows: list[Row], quantity: str, function: Callable[..., Any], arguments: tuple[float, ...]
+    ) -> None:
+        """Take a quantity of what has been timed, one process an arm."""
+        arms: dict[tuple[Any, ...], list[Row]] = {}
+        for row in rows:
+            if self.results[row].measured and not getattr(self.results[row], quantity):
+                arms.setdefault(row.arm, []).append(row)
+        for own in arms.values():
+            while left := [row for row in own if not getattr(self.results[row], quantity)]:
+                failure = (
+                    Failure("gpu_lost", self.lost) if self.lost else self._take(left, quantity, function, arguments)
+                )
+                if failure.kind == "gpu_lost":
+                    self.lost = failure.text
+                culprits = left if failure.held is None or failure.kind in ELSEWHERE else [left[failure.held]]
+                for row in culprits:
+                    if not getattr(self.results[row], quantity):
+                        why = {"attribution": f"unavailable ({failure.kind}: {failure.text})"}
+                        self._note(row, quantity, why, record=failure.kind not in ELSEWHERE)
 
-    def _fail(self, results: list[Result], kind: str, text: str) -> None:
-        for result in results:
-            result.failure = text if kind == "wrong" else f"{kind}: {text}"
-            self._record(result, quantity="failure", kind=kind, text=text)
+    def _take(
+        self, rows: list[Row], quantity: str, function: Callable[..., Any], arguments: tuple[float, ...]
+    ) -> Failure:
+        """Take it of rows of one arm in one worker; what ended it, or would have if none is left."""
+        self.tell(f"{quantity} of {rows[0].arm_name}, in a process of its own")
+        for message in stream(function, rows, self.device, *arguments, seconds=self.seconds):
+            match message:
+                case Failure():
+                    return message
+                case dict() if differs := self._differs(message):
+                    return Failure("not_comparable", differs)
+                case (row, found):
+                    self._note(row, quantity, found)
+        return Failure("error", SILENT)
 
-    def _record(self, result: Result, **fields: Any) -> None:
+    def _note(self, row: Row, quantity: str, found: dict[str, Any], *, record: bool = True) -> None:
+        result = self.results[row]
+        setattr(result, quantity, found)
+        if record:
+            self._record(result, {"quantity": quantity, quantity: found})
+
+    def _fail(self, rows: list[Row], kind: str, text: str) -> None:
+        """Fail those of the rows that have no times yet: what is measured stays."""
+        for result in [self.results[row] for row in rows if self.results[row].pending]:
+            result.kind, result.failure = kind, text if kind == "wrong" else f"{kind}: {text}"
+            if kind != "not_comparable":  # which is of this machine, and the run may still go on elsewhere
+                self._record(result, result.failed())
+
+    def _record(self, result: Result, fields: dict[str, Any]) -> None:
         row = result.row
         place = {"subject": row.subject, "workload": row.workload.as_dict(), "device": self.device}
         self.records.append(**place, fingerprint=self.fingerprint, **fields)
@@ -132,6 +217,30 @@ class Session:
             "tokens_per_second": result.tokens_per_second,
             "ratio_to_base": result.ratio._asdict() if result.ratio else None,
             "interleaved_with": result.beside,
+            "percentiles_seconds": percentiles(result.seconds),
+            "bound": self._bounded(result),
+            "window": result.window,
             "memory": result.memory,
+            "reconciled": reconciled(result.row.workload, self.device, result.memory),
+            "energy": result.energy,
             "proof": result.proof._asdict() if result.proof else None,
         }
+
+    def _bounded(self, result: Result) -> dict[str, Any] | None:
+        bound = self.bound(result.row)
+        if bound is None:
+            return None
+        return (
+            bound._asdict() | count(result.row.workload)._asdict() | {"fraction": bound.seconds / result.latency.median}
+        )
+
+
+def _ceilings(records: Records) -> dict[str, Ceilings]:
+    kept = [record for record in records.earlier if record["quantity"] == "ceilings"]
+    return {record["dtype"]: Ceilings(**record["ceilings"]) for record in kept}
+
+
+def _plan(records: Records) -> list[Row] | None:
+    """The rows that the run began with; None where it begins now."""
+    plans = [record["rows"] for record in records.earlier if record["quantity"] == "plan"]
+    return [Row(row["subject"], Workload(**row["workload"])) for row in plans[0]] if plans else None

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 SETUPS = ("base", "merged", "separate", "batched", "four_bit")
-PHASES = ("prefill", "decode", "train")
+PHASES = ("prefill", "decode", "switch", "train")
+POPULARITIES = ("distinct", "identical", "uniform", "zipf")
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGET_SETS = {"all": TARGETS, "attention": TARGETS[:4], "qv": ("q_proj", "v_proj")}
+"""Which linear layers of a decoder layer are adapted, by the name of the choice; "qv" is that of Hu et al. 2021."""
 BASE = "base"
 """The subject's place in a row that has none: the unadapted model, the control of every comparison."""
 
@@ -16,8 +21,13 @@ class Workload:
     """One set-up of one model in one phase.
 
     prefill reads `batch` sequences of `sequence` tokens at once; decode reads one more token of each, with a KV cache
-    of `sequence` tokens; train is forward, backward and an AdamW step on `batch` x `sequence` tokens. `adapters` is how
-    many share the batch (set-up "batched"; row i of a batch uses adapter i mod adapters). For the base, `rank` is 0.
+    of `sequence` tokens; train is forward, backward and an AdamW step on `batch` x `sequence` tokens; switch reads
+    nothing, and puts another adapter in the place of the one that is served (for "batched", a pool of them).
+
+    `adapters` is how many the batch may ask for (set-up "batched"), `popularity` how: row i for adapter i mod adapters
+    ("distinct"), all for one ("identical"), or at random, each alike ("uniform") or the k-th 1 / k as often as the
+    first ("zipf"). `targets` is one of `TARGET_SETS`; with
+    "four_bit" the others stay dense. For the base, `rank` is 0.
 
     Raises ValueError for a value out of range, naming it.
     """
@@ -30,9 +40,12 @@ class Workload:
     batch: int
     sequence: int
     adapters: int = 1
+    popularity: str = "distinct"
+    targets: str = "all"
 
     def __post_init__(self) -> None:
-        for name, known in (("setup", SETUPS), ("phase", PHASES)):
+        words = {"setup": SETUPS, "phase": PHASES, "popularity": POPULARITIES, "targets": tuple(TARGET_SETS)}
+        for name, known in words.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name, least in (("rank", int(self.setup != BASE)), ("batch", 1), ("sequence", 2), ("adapters", 1)):
@@ -44,12 +57,30 @@ class Workload:
         name = self.model.rstrip("/").rpartition("/")[2]
         rank = [] if self.setup == BASE else [f"r{self.rank}"]
         adapters = [f"n{self.adapters}"] if self.setup == "batched" else []
+        adapters += [self.popularity] if self.popularity != "distinct" else []
+        adapters += [self.targets] if self.targets != "all" else []
         return "-".join([self.phase, name, self.dtype, *rank, f"b{self.batch}", f"s{self.sequence}", *adapters])
 
     @property
     def tokens(self) -> int:
         """How many tokens one step reads."""
+        if self.phase == "switch":
+            return 0
         return self.batch * (1 if self.phase == "decode" else self.sequence)
+
+    @property
+    def asked(self) -> list[int]:
+        """Which adapter each sequence of the batch asks for; the same for the same workload."""
+        draw, every = random.Random(self.batch), range(self.adapters)
+        match self.popularity:
+            case "identical":
+                return [0] * self.batch
+            case "uniform":
+                return draw.choices(every, k=self.batch)
+            case "zipf":
+                return draw.choices(every, weights=[1 / (k + 1) for k in every], k=self.batch)
+            case _:
+                return [row % self.adapters for row in range(self.batch)]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,9 +96,23 @@ class Row(NamedTuple):
         return f"{self.workload.setup}[{self.subject}-{self.workload}]"
 
     @property
-    def arm(self) -> tuple[str, str]:
-        """The subject and set-up: rows of one arm share a model."""
-        return self.subject, self.workload.setup
+    def _switches(self) -> bool:
+        return self.workload.phase == "switch"
+
+    @property
+    def arm(self) -> tuple[Any, ...]:
+        """What rows must share to be measured on the same model: the subject, the set-up, its adapters, their stay."""
+        workload = self.workload
+        adapters = workload.rank, workload.adapters, workload.popularity, workload.targets
+        return self.subject, workload.setup, *adapters, self._switches
+
+    @property
+    def arm_name(self) -> str:
+        """The arm, for a line of progress."""
+        workload = self.workload
+        parts = [self.subject, workload.setup] if self.subject != BASE else [BASE]
+        parts += [f"r{workload.rank}"] if workload.rank else []
+        return " ".join(parts + ([f"n{workload.adapters}"] if workload.setup == "batched" else []))
 
     @property
     def comparison(self) -> tuple[Any, ...]:
@@ -76,9 +121,10 @@ class Row(NamedTuple):
         return workload.phase == "train", workload.model, workload.dtype, workload.batch, workload.sequence
 
     def base(self) -> Row:
-        """The control of this row."""
-        fields = self.workload.as_dict() | {"setup": BASE, "rank": 0, "adapters": 1}
-        return Row(BASE, Workload(**fields))
+        """The control of this row: of a switch, a token read by the base."""
+        none = {"setup": BASE, "rank": 0, "adapters": 1, "popularity": "distinct", "targets": "all"}
+        phase = "decode" if self._switches else self.workload.phase
+        return Row(BASE, Workload(**self.workload.as_dict() | none | {"phase": phase}))
 
 
 VERBS = {
@@ -87,4 +133,9 @@ VERBS = {
     "batched": (("pool", "route"),),
     "four_bit": ((),),
 }
-"""Which verbs a set-up needs: any one of the alternatives."""
+
+
+def verbs(workload: Workload) -> tuple[tuple[str, ...], ...]:
+    """Which verbs a workload needs: any one of the alternatives."""
+    switches_in_place = workload.setup == "merged" and workload.phase == "switch"
+    return (("merge", "unmerge"),) if switches_in_place else VERBS[workload.setup]
