@@ -36,7 +36,7 @@ def test_where_it_turns_both_sides_are_named() -> None:
     (said,) = advice([*MERGED, *mixed(1, 1.5), *mixed(4, 1.6)])
 
     assert said == (
-        "one r4, 10 tokens read and 10 written: merge up to 1 adapters in a batch, mix from 4 on "
+        "one r4, 10 tokens read and 10 written: merge up to 1 adapter in a batch, mix from 4 on "
         "(merged / mixed, 1: 0.70, 4: 2.44)"
     )
 

@@ -85,8 +85,9 @@ full                     5 ±2%                     1     3,200  78% bytes  300 
 separate  peft     4     4 ±2%  2.000 [1.960, 2.040]     4,000  31% bytes  300        7
 
 device=cpu (A Processor); medians with 95 % intervals; x base: median of the ratios of samples taken
-in the same round; n: adapters that a mixed batch asks for; bound: the least time that 10 GFLOP/s
-(fp32) and 1.0 GB/s allow, as a share of this one; MiB: resident set peak in a process of its own."""
+in the same round; n: adapters that a mixed batch asks for; samples: those that count / all; bound:
+the least time that 10 GFLOP/s (fp32) and 1.0 GB/s allow, as a share of this one; MiB: resident set
+peak in a process of its own."""
     )
 
 
@@ -127,7 +128,7 @@ def test_samples_of_rounds_that_do_not_count_are_not_counted(tmp_path: Path) -> 
     kept.samples.seconds[3] = 9e9
 
     assert " 2 ±0% " in render(session(tmp_path, kept))
-    assert render(session(tmp_path, kept)).splitlines()[2].endswith(" 11")
+    assert render(session(tmp_path, kept)).splitlines()[2].endswith(" 11/12")
 
 
 def test_without_ceilings_or_shapes_there_is_no_bound(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ class Energy:
     joules: float
     joules_net: float | Unavailable
     joules_per_step: float
-    joules_per_token: float
+    joules_per_token: float | Unavailable
     window_seconds: float
     steps: int
     ticks: int
@@ -48,10 +48,7 @@ class Energy:
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
-        return asdict(self) | {
-            name: str(value) if isinstance(value, Unavailable) else value
-            for name, value in (("joules_net", self.joules_net), ("idle_watts", self.idle_watts))
-        }
+        return {name: str(value) if isinstance(value, Unavailable) else value for name, value in asdict(self).items()}
 
 
 @dataclass
@@ -153,7 +150,7 @@ def measure_energy(
         joules=joules,
         joules_net=_net(joules, idle_watts, elapsed),
         joules_per_step=joules / steps,
-        joules_per_token=joules / steps / tokens,
+        joules_per_token=joules / steps / tokens if tokens else Unavailable("no token is read"),
         window_seconds=elapsed,
         steps=steps,
         ticks=trace.ticks,

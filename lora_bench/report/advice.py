@@ -55,7 +55,8 @@ def _verdict(ratios: dict[int, float]) -> str:
     if len(quicker) == len(ratios):
         return f"merge one after the other, up to {max(quicker)} adapters in a batch"
     slower = min(served for served in ratios if served not in quicker)
-    return f"merge up to {max(quicker)} adapters in a batch, mix from {slower} on"
+    most = "1 adapter" if max(quicker) == 1 else f"{max(quicker)} adapters"
+    return f"merge up to {most} in a batch, mix from {slower} on"
 
 
 def _other(results: list[Result], like: Result, setup: str, phase: str) -> Result | None:

@@ -41,6 +41,7 @@ def render(session: Session) -> str:
         "medians with 95 % intervals",
         "x base: median of the ratios of samples taken in the same round",
         "n: adapters that a mixed batch asks for",
+        "samples: those that count / all",
         f"bound: the least time that {_ceilings(session)} allow, as a share of this one",
         "MiB: " + "; ".join(_memory_notes(session)),
     ]
@@ -93,7 +94,8 @@ def _cells(result: Result, bound: Bound | None) -> list[str]:
     times = "1" if result.row.subject == BASE else _interval(ratio) if ratio else "no base"
     share = "" if bound is None else f"{bound.seconds / latency.median:.0%} {bound.by}"
     throughput = f"{result.tokens_per_second:,.0f}" if workload.tokens else ""
-    samples = str(len(result.seconds))
+    counted, taken = len(result.seconds), len(result.samples.seconds)
+    samples = str(taken) if counted == taken else f"{counted}/{taken}"
     return [*which, milliseconds, times, throughput, share, peak(result), samples]
 
 
