@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import replace
@@ -279,3 +280,32 @@ def test_any_case_can_be_saved(case: str, tmp_path: Path) -> None:
     verdict = replace(judge_case(REFERENCE, DEFINED, Case()), case=Case.parse(case))
 
     assert read(keep(verdict, tmp_path)).modules["layer"].factors.a.shape[0] == Case.parse(case).rank
+
+
+# What may not be told, and what must
+
+
+def test_an_output_that_is_no_number_fails_where_nothing_overflows() -> None:
+    verdict = judge(computing(lambda layer, x: correct(layer, x) * math.nan), DEFINED)
+
+    assert (verdict.status, str(verdict.case)) == ("fails", SMALLEST)
+
+
+def test_a_finite_output_is_judged_also_where_others_overflow() -> None:
+    case = Case.parse("t1 i1 o1 r1 a30000 fp16 s0 g4")
+    verdict = judge_case(computing(lambda layer, x: torch.zeros_like(correct(layer, x))), DEFINED, case)
+
+    assert verdict.status == "fails"
+
+
+def test_a_fresh_layer_is_its_base_whether_or_not_it_tells_its_factors() -> None:
+    assert judge(bug(factors=None), find_check("init.is_identity"), examples=5).status == "conforms"
+
+
+@pytest.mark.parametrize("ops", ["merge,load", "merge,off"])
+def test_what_a_merged_layer_computes_with_new_factors_or_switched_off_is_its_own_affair(ops: str) -> None:
+    subject = bug(load=lambda layer, factors: None if layer.merged else layer.load(factors))
+    subject = replace(subject, enable=lambda layer, enabled: None if layer.merged else layer.enable(enabled))
+    case = Case.parse(f"t1 i1 o1 r1 a1 fp64 s0 n2 ops={ops}")
+
+    assert judge_case(subject, find_check("lifecycle.any_order"), case).status == "conforms"
