@@ -80,3 +80,10 @@ def test_every_row_of_a_matrix_has_a_name_and_an_arm_of_its_own() -> None:
     assert set(Counter(map(str, every)).values()) == {1}
     assert len({row.arm for row in every}) == len(every)
     assert {row.base() for row in every} == {Row(BASE, next(SMALL.workloads(BASE, "decode", **PLACE)))}
+
+
+def test_of_pools_the_smallest_alone_is_switched() -> None:
+    matrix = Matrix(ranks=(4,), adapters=(8, 2), popularities=("distinct", "zipf"))
+    switched = list(matrix.workloads("batched", "switch", **PLACE))
+
+    assert [(workload.adapters, workload.popularity) for workload in switched] == [(2, "distinct")]

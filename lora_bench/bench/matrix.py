@@ -33,6 +33,8 @@ class Matrix(NamedTuple):
         batched = [
             (number, how) for number in self.adapters for how in (self.popularities if number > 1 else ("distinct",))
         ]
+        if phase == "switch":  # a pool takes as many times longer as it holds more
+            batched = [(min(self.adapters), "distinct")]
         for rank in self.ranks:
             for adapters, popularity in batched if setup == "batched" else [(1, "distinct")]:
                 yield Workload(setup, phase, rank=rank, adapters=adapters, popularity=popularity, **place)  # type: ignore[arg-type]
