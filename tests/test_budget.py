@@ -46,7 +46,9 @@ def prepared(choices: Mapping[str, Any]) -> tuple[Arm, Step]:
 def allocated_peak(step: Step) -> int:
     """The most bytes that torch's CPU allocator gave out at once in a step, beyond what was there before."""
     step.run()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
         step.run()
     level = peak = 0
     for event in profile.profiler.kineto_results.events():

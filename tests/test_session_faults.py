@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -297,7 +298,13 @@ def verdicts(found: Run) -> dict[str, str]:
     return told
 
 
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+XDIST = pytest.mark.skipif(find_spec("xdist") is None, reason="pytest-xdist is not installed: pip install .[dev]")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param(fault, id=name, marks=[XDIST] if name == "xdist" else []) for name, fault in FAULTS.items()],
+)
 def test_a_fault_has_its_verdict_and_its_exit_code(
     fault: Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
