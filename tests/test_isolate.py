@@ -118,6 +118,8 @@ def test_a_worker_that_took_nothing_in_hand_does_not_say_so(what: Any) -> None:
 def test_outside_of_a_worker_nobody_listens() -> None:
     hold(3)
 
+    assert isolate._held is None
+
 
 # --- seconds --------------------------------------------------------------------------------------------------------
 
