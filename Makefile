@@ -29,7 +29,7 @@ downstream: $(INSTALLED)  ## judge libraries that need an environment of their o
 
 nightly: $(INSTALLED)  ## thousands of cases for each correct implementation, kills and resumes, some mutation tests (hours)
 	.venv/bin/python -m lora_bench selftest --correct-examples 300 --lora-output .lora_bench/nightly
-	.venv/bin/python tests/nightly/kill_and_resume.py
+	.venv/bin/python tests/nightly/kill_and_resume.py --kills 10
 	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
 	    .venv/bin/python -m pip install --editable '.[dev,nightly]'
 	rm -rf .lora_bench/mutants && mkdir -p .lora_bench/mutants
