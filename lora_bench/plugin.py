@@ -210,8 +210,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         exits.append(baseline.exit_code(stash[COMPARED]))
     if (run := stash.get(SESSION, None)) is not None:
         exits.append(baseline.EXIT_REGRESSION if run.records.unwritten else 0)
+        exits.append(baseline.EXIT_INCONCLUSIVE if run.differs else 0)
+        reached = [run.results[row] for row in run.planned if row in run.results]
         if run.lost:
             session.exitstatus = EXIT_LOST
+        elif session.testsfailed and session.testsfailed == sum(result.not_comparable for result in reached):
+            session.exitstatus = pytest.ExitCode.OK  # nothing else has failed
     if session.exitstatus == pytest.ExitCode.OK and any(exits):
         session.exitstatus = (
             baseline.EXIT_REGRESSION if baseline.EXIT_REGRESSION in exits else baseline.EXIT_INCONCLUSIVE

@@ -57,6 +57,18 @@ def allocated_peak(step: Step) -> int:
     return peak
 
 
+def weighed(choices: Mapping[str, Any]) -> tuple[int, int]:
+    """Bytes that stand, and bytes that a step saves for backward, as measured."""
+    arm, step = prepared(choices)
+    return memory.parameter_bytes(arm.model), memory.saved_tensor_bytes(arm, step)
+
+
+def worked_out(choices: Mapping[str, Any]) -> tuple[int, int]:
+    """The same two by the budget."""
+    found = budget(**choices)
+    return standing(found), found.activations
+
+
 def standing(found: Budget) -> int:
     return found.weights + found.quantisation_constants + found.adapters
 
@@ -65,22 +77,14 @@ def standing(found: Budget) -> int:
 @pytest.mark.parametrize("mode", ["full", "lora", "rslora", "qlora"])
 def test_parameters_and_saved_tensors_are_as_measured(mode: str, rank: int, batch: int, sequence: int) -> None:
     choices = SMALL | {"mode": mode, "rank": rank, "batch": batch, "sequence": sequence}
-    arm, step = prepared(choices)
-    found = budget(**choices)
-
-    assert memory.parameter_bytes(arm.model) == standing(found)
-    assert memory.saved_tensor_bytes(arm, step) == found.activations
+    assert weighed(choices) == worked_out(choices)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
 def test_so_are_they_in_every_dtype_where_heads_share_keys(mode: str, dtype: str) -> None:
     choices = SMALL | {"model": "micro", "mode": mode, "dtype": dtype}
-    arm, step = prepared(choices)
-    found = budget(**choices)
-
-    assert memory.parameter_bytes(arm.model) == standing(found)
-    assert memory.saved_tensor_bytes(arm, step) == found.activations
+    assert weighed(choices) == worked_out(choices)
 
 
 @pytest.mark.parametrize(
@@ -95,11 +99,7 @@ def test_so_are_they_in_every_dtype_where_heads_share_keys(mode: str, dtype: str
 )
 def test_fewer_targets_save_less_and_the_first_layer_less_still(targets: tuple[str, ...]) -> None:
     choices = SMALL | {"model": "micro", "targets": targets}
-    arm, step = prepared(choices)
-    found = budget(**choices)
-
-    assert memory.parameter_bytes(arm.model) == standing(found)
-    assert memory.saved_tensor_bytes(arm, step) == found.activations
+    assert weighed(choices) == worked_out(choices)
 
 
 @pytest.mark.parametrize(

@@ -279,7 +279,7 @@ FAULTS = {
     "resumed elsewhere": Fault(
         elsewhere,
         {"base": "measured", "reference": "not_comparable: the run began with device_name here, and here it is there"},
-        1,
+        6,
     ),
     "a line cut off": Fault(cut_off, ALL, 0),
     "no CUDA": refused(no_cuda, "--lora-device cuda: torch * sees 0 CUDA devices"),

@@ -158,6 +158,7 @@ def test_on_another_machine_nothing_is_measured_nor_written(workers: Workers, tm
     # What has its times keeps them; what they weigh here is not what they weighed there.
     assert again.results[ONE].measured
     assert again.results[ONE].memory == {"attribution": f"unavailable (not_comparable: {DIFFERS})"}
+    assert again.differs == DIFFERS
     assert again.fingerprint == FINGERPRINT
     # On the first machine it may still go on.
     home = go_on(again)

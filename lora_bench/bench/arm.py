@@ -96,7 +96,8 @@ def build_arm(
 def _merge(arm: Arm, subject: Subject, layers: dict[str, Any]) -> None:
     """Merge every layer: for good where the subject can, but not where another adapter is to take its place."""
     in_place = arm.switch is not None or subject.merge_and_unload is None
-    merge: Callable[[Any], Any] = subject.merge if in_place else subject.merge_and_unload  # type: ignore[assignment]
+    merge = subject.merge if in_place else subject.merge_and_unload
+    assert merge is not None  # or there would be no such arm
     for name, layer in layers.items():
         merged = merge(layer)
         replace(arm.model, name, layer if merged is None else merged)

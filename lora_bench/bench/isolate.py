@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
 PRELOAD = ["torch", "transformers.models.llama.modeling_llama", "lora_bench.bench.measure"]
-KINDS = ("oom", "crashed", "timeout", "gpu_lost", "error")
 NOTHING = -1
 LAST_SECONDS = 5.0
 """How long a worker may take to end once it has said all."""
@@ -33,7 +32,10 @@ _held: Array[c_longlong] | None = None
 
 
 class Failure(NamedTuple):
-    """What a worker ended with instead of its result: one of `KINDS`; `held` is what it had in hand, if it told."""
+    """What a worker ended with instead of its result; `held` is what it had in hand, if it told.
+
+    kind: "oom", "crashed", "timeout", "gpu_lost" or "error".
+    """
 
     kind: str
     text: str

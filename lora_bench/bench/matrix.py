@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_bench.bench.workload import BASE, Row, Workload
 
@@ -23,11 +23,10 @@ class Matrix(NamedTuple):
             parts["popularity"] = self.popularities
         return " ".join(f"{name}={','.join(map(str, values))}" for name, values in parts.items())
 
-    def workloads(self, setup: str, phase: str, **place: object) -> Iterator[Workload]:
+    def workloads(self, setup: str, phase: str, **place: Any) -> Iterator[Workload]:
         """The workloads of one set-up in one phase; `place` is the model, dtype, batch, sequence, targets."""
         if setup == BASE:
-            place = place | {"targets": "all"}  # it has none
-            yield Workload(setup, phase, rank=0, **place)  # type: ignore[arg-type]  # whoever asks has checked them
+            yield Workload(setup, phase, rank=0, **place | {"targets": "all"})  # it has none
             return
         # Of one adapter all ways to ask are the same.
         batched = [
@@ -37,7 +36,7 @@ class Matrix(NamedTuple):
             batched = [(min(self.adapters), "distinct")]
         for rank in self.ranks:
             for adapters, popularity in batched if setup == "batched" else [(1, "distinct")]:
-                yield Workload(setup, phase, rank=rank, adapters=adapters, popularity=popularity, **place)  # type: ignore[arg-type]
+                yield Workload(setup, phase, rank=rank, adapters=adapters, popularity=popularity, **place)
 
 
 MATRICES = {
@@ -51,7 +50,7 @@ MATRICES = {
 }
 
 
-def rows(matrix: Matrix, setup: str, phases: Sequence[str], subjects: Sequence[str], **place: object) -> list[Row]:
+def rows(matrix: Matrix, setup: str, phases: Sequence[str], subjects: Sequence[str], **place: Any) -> list[Row]:
     """The rows of one set-up: each workload for each subject; the base has none."""
     return [
         Row(subject, workload)

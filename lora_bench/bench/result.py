@@ -35,6 +35,11 @@ class Result:
     failure: str = ""
 
     @property
+    def not_comparable(self) -> bool:
+        """Whether it failed only because this machine is not the one on which its run began."""
+        return self.kind == "not_comparable"
+
+    @property
     def measured(self) -> bool:
         return bool(self.samples.seconds)
 

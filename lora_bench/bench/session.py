@@ -42,7 +42,7 @@ class Session:
         self.device, self.budget_seconds, self.records, self.tell = device, budget_seconds, records, tell
         self.seconds, self.energy_seconds = SECONDS, 0.0
         self.planned: list[Row] = []
-        self.lost = ""
+        self.lost = self.differs = ""
         try:
             self.results, self.ceilings, self._began = recorded(records.earlier), _ceilings(records), _plan(records)
         except (ValueError, KeyError, TypeError) as error:
@@ -121,13 +121,14 @@ class Session:
         return None
 
     def _differs(self, fingerprint: dict[str, Any]) -> str:
-        """In what this machine is not the one on which the run began."""
+        """Note in what this machine is not the one on which the run began."""
         began = self.fingerprint.get("hard", {})
-        return "; ".join(
+        self.differs = "; ".join(
             f"the run began with {name} {began[name]}, and here it is {value}"
             for name, value in fingerprint["hard"].items()
             if name in began and began[name] != value
         )
+        return self.differs
 
     def _reach(self, dtype: str, ceilings: Ceilings) -> None:
         """Take the first ceilings of a dtype for those of the run."""
@@ -199,7 +200,7 @@ class Session:
         """Fail those of the rows that have no times yet: what is measured stays."""
         for result in [self.results[row] for row in rows if self.results[row].pending]:
             result.kind, result.failure = kind, text if kind == "wrong" else f"{kind}: {text}"
-            if kind != "not_comparable":  # which is of this machine, and the run may still go on elsewhere
+            if not result.not_comparable:  # which is of this machine, and the run may still go on elsewhere
                 self._record(result, result.failed())
 
     def _record(self, result: Result, fields: dict[str, Any]) -> None:
