@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_bench.bench import measure
 from lora_bench.bench.arm import Arm, build_arm
-from lora_bench.bench.proof import Proof
+from lora_bench.bench.result import Proof
 from lora_bench.bench.workload import TARGETS, Row, Workload
 from lora_bench.reference import REFERENCE, LoraLinear
 from lora_bench.spec import LoraSpec

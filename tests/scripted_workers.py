@@ -11,7 +11,7 @@ from lora_bench.bench import measure
 from lora_bench.bench import session as sessions
 from lora_bench.bench.isolate import Failure
 from lora_bench.bench.measure import Timing
-from lora_bench.bench.proof import Proof
+from lora_bench.bench.result import Proof
 from lora_bench.bench.sampling import Samples
 from lora_bench.bench.workload import BASE, Row
 
@@ -75,7 +75,7 @@ class Workers:
         self.patience: set[float] = set()
 
     def stream(self, function: Any, rows: list[Row], device: str, *budget: float, seconds: float) -> Iterator[Any]:
-        assert device == "cpu"
+        assert device in ("cpu", "cuda")
         self.patience.add(seconds)
         asked, scripts, otherwise, wanted = {
             measure.compare: (self.compared, self.comparisons, times_all, (3.0,)),

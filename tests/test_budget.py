@@ -247,3 +247,36 @@ def test_a_term_says_how_it_is_counted() -> None:
 def test_what_cannot_be_meant_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         budget(**SMALL | change)
+
+
+# --- single layers --------------------------------------------------------------------------------------------------
+
+LAYER: dict[str, Any] = SMALL | {"model": "linear-384x512", "batch": 3, "sequence": 16}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
+def test_a_single_layer_s_tensors_are_as_measured(mode: str, dtype: str) -> None:
+    choices = LAYER | {"mode": mode, "dtype": dtype}
+    assert weighed(choices) == worked_out(choices)
+
+
+@pytest.mark.parametrize(
+    "change", [{"mode": "full"}, {}, {"phase": "decode"}, {"mode": "qlora"}, {"adapters": 3, "rank": 16}], ids=str
+)
+def test_so_is_the_peak_around_a_single_layer(change: dict[str, Any]) -> None:
+    choices = LAYER | {"phase": "prefill"} | change
+    found = budget(**choices)
+    arm, step = prepared(choices)
+    read = choices["batch"] * (1 if choices["phase"] == "decode" else choices["sequence"])
+
+    with arm.routed():
+        peak = allocated_peak(step)
+    assert memory.parameter_bytes(arm.model) == standing(found)
+    assert peak == pytest.approx(found.activations - read * 384 * 4, rel=1e-3)  # x is there before the step
+    assert not found.kv_cache
+
+
+def test_a_single_layer_has_no_checkpoints() -> None:
+    with pytest.raises(ValueError, match=r"^checkpointing is for decoder layers, and linear-384x512 has none$"):
+        budget(**LAYER, checkpointing=True)

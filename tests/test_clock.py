@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from lora_bench.bench.clock import clock_of, event_clock, wall_clock
+from lora_bench.bench.clock import clock_of, event_clock, moment, seconds_between, wall_clock
 
 
 def test_the_cpu_s_clock_reads_seconds_around_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,6 +64,21 @@ def test_a_cuda_device_is_timed_from_idle_by_events_of_its_own_stream(journal: l
         "wait for end",
         "start to end",
     ]
+
+
+def test_moments_of_a_cuda_device_are_events_that_nobody_waits_for_before_they_are_read(journal: list[str]) -> None:
+    start, end = moment("cuda:1"), moment("cuda:1")
+
+    assert journal == ["start on stream of cuda:1", "end on stream of cuda:1"]
+    assert seconds_between(start, end) == 0.0075
+    assert journal[2:] == ["wait for end", "start to end"]
+
+
+def test_moments_of_a_cpu_are_its_clock_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = itertools.count(5_000_000_000, 250_000_000)
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: next(now))
+
+    assert seconds_between(moment("cpu"), moment("cpu")) == 0.25
 
 
 def test_the_device_s_kind_chooses_the_clock(journal: list[str]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from lora_bench.bench.counts import Bound, Ceilings, Count, budget_of, count, reconciled
+from lora_bench.bench.counts import Bound, Ceilings, Count, bounded, budget_of, count, reconciled
 from lora_bench.bench.workload import Workload
 
 # micro: hidden 64, intermediate 128, 2 layers, 4 heads of 16, 2 key-value heads, 128 words; fp32.
@@ -95,3 +95,36 @@ def test_what_was_measured_stands_beside_what_was_worked_out() -> None:
 
 def test_a_merged_model_keeps_no_adapter() -> None:
     assert budget_of(replace(SEPARATE, setup="merged")) == budget_of(BASE)
+
+
+LAYER = replace(BASE, model="linear-24x40")
+
+
+def test_a_single_layer_computes_one_product_and_an_adapter_two_more() -> None:
+    separate = replace(LAYER, setup="separate", rank=4)
+    full, lora = (count(replace(own, phase="train")).flops for own in (LAYER, separate))
+
+    assert count(LAYER).flops == 2 * 15 * 24 * 40
+    assert count(replace(LAYER, phase="decode")).flops == 2 * 3 * 24 * 40
+    assert count(separate).flops - count(LAYER).flops == 2 * 15 * 4 * (24 + 40)
+    assert full == 3 * 2 * 15 * 24 * 40
+    assert lora == 2 * 2 * 15 * 24 * 40 + 3 * 2 * 15 * 4 * (24 + 40)
+
+
+def test_a_single_layer_reads_its_weight_and_what_goes_in_and_out() -> None:
+    decode = replace(LAYER, phase="decode")
+    batched = replace(decode, setup="batched", rank=4, adapters=2)
+
+    assert count(decode).bytes == 4 * (24 * 40 + 3 * (24 + 40))
+    assert count(batched).bytes - count(decode).bytes == 4 * 2 * 4 * (24 + 40)
+    # Weight twice; its gradient, moments and itself by AdamW; x written and read; y, dL/dy, dL/dx.
+    assert count(replace(LAYER, phase="train")).bytes == 4 * ((2 + 8) * 24 * 40 + 15 * (2 * 24 + 2 * 40 + 24))
+
+
+@pytest.mark.parametrize(("share", "by"), [(None, "bytes"), (0.5, "bytes"), (0.51, "launches")])
+def test_what_waits_for_launches_more_than_half_of_the_time_is_bound_by_them(share: float | None, by: str) -> None:
+    ceilings = {"fp32": Ceilings(bytes_per_second=1e6, flops_per_second=1e12)}
+    seconds = count(BASE).bytes / 1e6
+
+    assert bounded(BASE, ceilings, share) == Bound(seconds, by)
+    assert bounded(BASE, {}, share) is None

@@ -46,6 +46,8 @@ def test_every_line_shows_its_numbers_and_the_parts_add_up(capsys: pytest.Captur
     [
         ("--mode full --batch 1 --sequence 8", "in the optimiser's step, when the activations are gone"),
         ("--phase prefill", "in the forward"),
+        ("--dtype bf16", "in the backward of the loss, before there are gradients"),
+        ("--model linear-64x32", "in the backward, before there are gradients"),
     ],
 )
 def test_the_peak_says_when_it_is(arguments: str, moment: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,6 +57,20 @@ def test_the_peak_says_when_it_is(arguments: str, moment: str, capsys: pytest.Ca
     assert told.splitlines()[-1].endswith(moment)
     assert "MiB" in told.splitlines()[2]
     assert "context" not in told
+
+
+def test_a_single_layer_has_its_weight_its_adapter_and_what_goes_through_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    chosen = "--model linear-4096x11008 --rank 8 --batch 2 --sequence 64 --dtype fp32 --phase prefill --json"
+    assert main(["estimate", *chosen.split()]) == 0
+    found = json.loads(capsys.readouterr().out)["bytes"]
+
+    assert {name: count for name, count in found.items() if count} == {
+        "weights": 4 * 4096 * 11008,
+        "adapters": 4 * 8 * (4096 + 11008),
+        "activations": 4 * 2 * 64 * (4096 + 3 * 11008),
+    }
 
 
 def test_a_context_is_a_line_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,6 +108,11 @@ def test_json_is_in_bytes_and_a_context_that_is_not_known_is_null(capsys: pytest
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (
+            "--model linear-8x0",
+            "a single layer is linear-<d_in>x<d_out>, of whole numbers of at least 2, got 'linear-8x0'",
+        ),
+        ("--model linear-8x8 --targets q_proj", "a target is one of linear, got 'q_proj'"),
         ("--model llama-3-8bb", "no model is called 'llama-3-8bb' (nearest: llama-3-8b)"),
         ("--model tiny --targets q_prj", "a target is one of q_proj, k_proj, "),
         ("--model tiny --adapters 2", "one adapter is trained at a time, got adapters=2"),

@@ -156,6 +156,11 @@ def test_without_seconds_it_may_take_as_long_as_it_likes(monkeypatch: pytest.Mon
         (RuntimeError("CUDA error: out of memory"), "oom"),
         (RuntimeError("the queue is out of memory"), "error"),
         (GpuLost("GPU-0", "nvmlInit", "GPU is lost"), "gpu_lost"),
+        (RuntimeError("CUDA error: no CUDA-capable device is detected\nCUDA kernel errors"), "gpu_lost"),
+        (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"), "gpu_lost"),
+        (RuntimeError("CUDA error: unspecified launch failure"), "error"),
+        (RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"), "error"),
+        (RuntimeError("No CUDA GPUs are available"), "error"),  # so says torch of a machine without one
         (AssertionError(), "error"),
         (RuntimeError("no kernel"), "error"),
     ],

@@ -60,8 +60,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_gpu_is_known_by_its_name_driver_cuda_and_power_limit_whatever_its_index(cuda: None) -> None:
-    hard = machine.fingerprint("cuda:1")["hard"]
+    hard, soft = machine.fingerprint("cuda:1").values()
 
+    assert soft["uuid"] == "uuid cuda:1"
     assert hard == {
         "device": "cuda",
         "device_name": "GPU cuda:1",
@@ -78,6 +79,7 @@ def test_a_gpu_is_known_by_its_name_driver_cuda_and_power_limit_whatever_its_ind
 def test_what_nvml_does_not_tell_is_a_text_with_the_reason(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvml, "driver_version", lambda _: Unavailable("no driver"))
     monkeypatch.setattr(nvml, "power_limit_watts", lambda _: Unavailable("no permission"))
-    hard = machine.fingerprint("cuda:1")["hard"]
+    hard, soft = machine.fingerprint("cuda:1").values()
 
+    assert soft["uuid"] is None
     assert (hard["driver"], hard["power_limit_watts"]) == ("unavailable (no driver)", "unavailable (no permission)")

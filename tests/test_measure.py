@@ -71,6 +71,17 @@ def test_rows_are_proven_and_then_timed_round_by_round_beside_their_base() -> No
     assert set(timings[rows[1]].beside) == {str(rows[1]), str(rows[2]), str(rows[1].base())}
 
 
+def test_of_a_switch_every_sample_has_its_parts() -> None:
+    switch = row("reference", "merged", "switch")
+    timings = {timing.row: timing for timing in of_type(Timing, compared(switch))}
+    samples, parts = timings[switch].samples.seconds, timings[switch].parts
+
+    assert list(parts) == ["evict", "load", "merge"]
+    for total, *each in zip(samples, *parts.values(), strict=True):
+        assert 0 < sum(each) <= total
+    assert timings[switch.base()].parts == {}
+
+
 def test_whoever_waits_is_told_what_was_proven_and_what_is_timed() -> None:
     texts = [text for (text,) in of_type(Progress, compared(row("reference", "batched", "decode", adapters=2)))]
 
@@ -89,6 +100,17 @@ def test_a_subject_that_raises_or_is_wrong_is_refused_by_kind_and_the_others_are
     assert wrong.text.startswith("Wrong: model.layers.0.self_attn.q_proj: found ")
     timed = {timing.row for timing in of_type(Timing, messages)}
     assert timed == {good, good.base(), row(f"{PLANTED}:DROPPED", "merged", "decode")}
+
+
+def test_a_row_is_not_refused_before_the_device_has_been_found_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    def release(_device: str) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(measure, "_release", release)
+    messages: list[Any] = []
+    with pytest.raises(RuntimeError, match="unspecified launch failure"):
+        messages.extend(measure.compare(with_bases(row(f"{PLANTED}:RAISES", "separate", "decode")), "cpu", 0.0))
+    assert not of_type(Refusal, messages)
 
 
 def test_an_arm_that_fails_in_one_phase_is_refused_in_all() -> None:

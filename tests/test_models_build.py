@@ -13,6 +13,8 @@ from torch import Tensor
 
 from lora_bench.models.build import build, check_model
 from lora_bench.models.presets import config
+from lora_bench.models.shapes import shapes
+from lora_bench.models.single import SingleLayer
 from tests.fresh_interpreter import loaded_by
 from tests.small_models import micro
 
@@ -101,7 +103,7 @@ def test_a_checkpoint_is_read_from_its_directory_alone(tmp_path: Path, dtype: to
 
 def test_what_is_no_model_is_refused_in_one_sentence(tmp_path: Path) -> None:
     presets = "micro, tiny, llama-3.2-1b, llama-2-7b, llama-3-8b"
-    wanted = f"wanted one of {presets}, or the path of a directory with a checkpoint"
+    wanted = f"wanted one of {presets}, linear-<d_in>x<d_out>, or the path of a directory with a checkpoint"
     (tmp_path / "empty").mkdir()
     shutil.copytree(tmp_path / "empty", tmp_path / "bare")
     (tmp_path / "bare" / "config.json").write_text("{}")
@@ -119,6 +121,49 @@ def test_what_is_no_model_is_refused_in_one_sentence(tmp_path: Path) -> None:
                 refuse(name)
             assert str(caught.value) == message
     check_model("tiny")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("linear-0x5", "linear-5x0", "linear-1x5", "linear-5x1", "linear-05x5", "linear-5x-5", "linear-5"),
+        *("linear-ax5", "linear-5 x5", "linear-5x5\n", "linear-5x5/", "linear:5x5", "Linear-5x5", "linear-5.0x5"),
+    ],
+)
+def test_a_shape_that_is_none_is_refused_as_such(name: str) -> None:
+    message = f"a single layer is linear-<d_in>x<d_out>, of whole numbers of at least 2, got {name!r}"
+    for refuse in (check_model, shapes, lambda name: build(name, dtype=torch.float32, device="cpu")):
+        with pytest.raises(ValueError, match=r".") as caught:
+            refuse(name)
+        assert str(caught.value) == message
+
+
+def test_a_folder_that_is_called_like_one_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    micro().save_pretrained("linear-probe")
+    micro().save_pretrained("linear-8x8")
+
+    check_model("linear-probe")
+    assert build("linear-probe", dtype=torch.float32, device="cpu").config.hidden_size == 64
+    assert isinstance(build("linear-8x8", dtype=torch.float32, device="cpu"), SingleLayer)
+    assert build("./linear-8x8", dtype=torch.float32, device="cpu").config.hidden_size == 64
+
+
+@BOTH_DTYPES
+def test_a_single_layer_is_drawn_from_its_seed_and_from_nothing_else(dtype: torch.dtype) -> None:
+    torch.manual_seed(5)
+    one, again, other = (build("linear-24x40", dtype=dtype, device="cpu", seed=seed) for seed in (0, 0, 1))
+    after = torch.rand(1)
+
+    assert not one.training
+    assert (one.linear.weight.shape, one.linear.weight.dtype, one.linear.bias) == ((40, 24), dtype, None)
+    assert torch.equal(one.linear.weight, again.linear.weight)
+    assert not torch.equal(one.linear.weight, other.linear.weight)
+    torch.manual_seed(5)
+    assert torch.equal(after, torch.rand(1))
+    x = one.draw(3, 5)
+    assert (x.shape, one.draw(3, 5, outputs=True).shape, x.dtype) == ((3, 5, 24), (3, 5, 40), dtype)
+    assert torch.equal(one(x), x @ one.linear.weight.T)
 
 
 def test_checking_a_name_imports_neither_torch_nor_transformers() -> None:

@@ -13,7 +13,8 @@ from lora_bench import bounds
 from lora_bench.bench import arm as arms
 from lora_bench.bench import measure, proof
 from lora_bench.bench.arm import build_arm
-from lora_bench.bench.proof import Proof, Wrong
+from lora_bench.bench.proof import Wrong
+from lora_bench.bench.result import Proof
 from lora_bench.reference import REFERENCE
 from lora_bench.spec import Factors, LoraSpec
 from tests.proven_arms import ADAPTERS, COMPUTING, FIRST, LAYERS, arm_of, base_of, proven, row_of

@@ -1,15 +1,18 @@
 """Records are appended and complete after every single one; a run that was cut off goes on with them."""
 
 import errno
+import fcntl
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lora_bench.bench.records import SCHEMA, Records, read
+from lora_bench.bench.records import SCHEMA, Records, command, read
 
 
 def test_every_record_is_on_the_disk_when_append_returns(tmp_path: Path) -> None:
@@ -169,3 +172,86 @@ def test_a_run_that_cannot_be_gone_on_with_is_named(tmp_path: Path, resume: str,
         Records(tmp_path, resume.format(folder=tmp_path))
     assert str(error.value).startswith(message.format(folder=tmp_path))
     assert not (tmp_path / "absent.jsonl").exists()
+
+
+# --- two processes --------------------------------------------------------------------------------------------------
+
+BEGIN = """
+import sys
+from pathlib import Path
+from lora_bench.bench.records import Records
+records = Records(Path(sys.argv[1]), *sys.argv[2:])
+records.append(quantity="plan", rows=[])
+print(records.run_id, flush=True)
+sys.stdin.read()
+"""
+
+
+def other(*arguments: str) -> subprocess.Popen[str]:
+    """Another process that begins a run, or goes on with one, and holds it until it is killed."""
+    command = [sys.executable, "-c", BEGIN, *arguments]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+    )
+
+
+def test_what_another_process_writes_is_left_alone_until_that_is_killed(tmp_path: Path) -> None:
+    with other(str(tmp_path)) as writer:
+        assert writer.stdout is not None
+        run_id = writer.stdout.readline().strip()
+        path = tmp_path / f"{run_id}.jsonl"
+        with path.open("a") as file:
+            file.write('{"schema": 2, "quan')  # as in the middle of a line
+        before = path.read_bytes()
+        for _ in range(2):
+            with pytest.raises(ValueError, match=rf"^the run {run_id} is being written by another process$"):
+                Records(tmp_path, run_id)
+        assert path.read_bytes() == before
+        writer.kill()
+
+    assert len(Records(tmp_path, run_id).earlier) == 1
+    Records(tmp_path, run_id)  # which is of this process, as before
+
+
+def test_a_run_that_goes_on_is_held_as_well(tmp_path: Path) -> None:
+    run_id = begun(tmp_path).run_id
+    again = subprocess.run(
+        [sys.executable, "-c", BEGIN, str(tmp_path), run_id],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[1],
+    )
+    assert again.stderr.endswith(f"ValueError: the run {run_id} is being written by another process\n")
+
+
+def test_where_files_cannot_be_locked_a_run_goes_on_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(_descriptor: int, _how: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert len(Records(tmp_path, begun(tmp_path).run_id).earlier) == 2
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        (["/venv/bin/python", "-m", "pytest", "suites/gpu", "-k", "a or b"], "python -m pytest suites/gpu -k 'a or b'"),
+        (["python", "-m", "pytest"], "python -m pytest"),
+        (["/venv/bin/python3", "/venv/bin/lora-bench", "ab"], "lora-bench ab"),
+        (["/usr/bin/python3", "measure.py"], "python3 measure.py"),
+        (["python"], "python"),
+    ],
+)
+def test_the_command_is_told_without_the_folders_of_programs(typed: list[str], told: str) -> None:
+    assert command(typed) == told
+
+
+def test_the_first_record_tells_the_command(tmp_path: Path) -> None:
+    records = Records(tmp_path)
+    records.append(quantity="one")
+    records.append(quantity="other")
+
+    first, second = read(records.path)
+    assert first["command"] == command(sys.orig_argv)
+    assert "command" not in second

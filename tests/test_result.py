@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from typing import Any
 
 import pytest
 
-from lora_bench.bench.proof import Proof
-from lora_bench.bench.result import Result, recorded
+from lora_bench.bench.result import Proof, Result, recorded
 from lora_bench.bench.sampling import Samples
 from lora_bench.bench.workload import Row
 from tests.micro_rows import row
@@ -78,6 +79,8 @@ def whole() -> Result:
         [str(ONE), str(TWO)],
         Proof(14, 0.5, 9.0),
         window={"throttle": {}},
+        parts={"load": [0.5] * 12, "evict": [1.5] * 12},
+        launches={"launch_share": 0.25},
         memory={"parameter_bytes": 7},
         energy={"joules": 3.0},
     )
@@ -92,7 +95,8 @@ def record(of: Row, fields: dict[str, Any]) -> dict[str, Any]:
 def records(result: Result) -> list[dict[str, Any]]:
     memory = {"quantity": "memory", "memory": result.memory}
     energy = {"quantity": "energy", "energy": result.energy}
-    return [record(result.row, fields) for fields in (result.timed(), memory, energy)]
+    launches = {"quantity": "launches", "launches": result.launches}
+    return [record(result.row, fields) for fields in (result.timed(), memory, energy, launches)]
 
 
 def test_a_result_survives_its_records() -> None:
@@ -132,3 +136,60 @@ def test_a_record_that_is_none_is_named(number: int, change: dict[str, Any], mes
 
     with pytest.raises(ValueError, match=message):
         recorded([broken])
+
+
+@pytest.mark.parametrize("of", ["", "base_"])
+@pytest.mark.parametrize("seconds", [math.nan, 0.0, -1.0, math.inf, "1.0", True, None])
+def test_a_sample_that_no_clock_can_have_read_is_named_with_its_row(of: str, seconds: Any) -> None:
+    broken = records(whole())[0]
+    broken[f"{of}samples_seconds"][5] = seconds
+
+    with pytest.raises(ValueError, match=re.escape(f"{TWO}: {of}samples_seconds[5] must be above 0 s")) as error:
+        recorded([json.loads(json.dumps(broken))])
+    assert str(error.value).endswith(f"finite, got {seconds!r}")
+
+
+@pytest.mark.parametrize("name", ["samples_seconds", "order", "interrupted", "base_order", "base_interrupted"])
+def test_samples_without_their_turn_or_interruption_are_refused(name: str) -> None:
+    broken = records(whole())[0]
+    broken[name].pop()
+
+    with pytest.raises(ValueError, match=re.escape(f"{TWO}: the samples must all have")) as error:
+        recorded([broken])
+    assert f"11 {name}" in str(error.value)
+
+
+def test_parts_are_those_of_every_sample_or_none() -> None:
+    of_parts, without = records(whole())[0], records(whole())[0]
+    del without["parts_seconds"]
+    assert recorded([without])[TWO].parts == {}
+
+    of_parts["parts_seconds"]["load"].pop()
+    with pytest.raises(ValueError, match=re.escape(f"{TWO}: every sample must have its part 'load', got 11 of 12")):
+        recorded([of_parts])
+
+
+def test_turns_that_were_not_noted_are_none() -> None:
+    old = records(whole())[0] | {"order": [], "base_order": []}
+
+    assert recorded([old])[TWO].samples.turns == []
+
+
+def test_a_row_and_its_base_have_equally_many_samples_or_the_base_none_and_the_row_some() -> None:
+    result = whole()
+    result.base = samples(*[1.0] * 11)
+    with pytest.raises(ValueError, match=r"must have equally many samples, got 12 and 11$"):
+        recorded(records(result))
+    result.base = samples()
+    assert recorded(records(result)) == {TWO: result}
+    result.samples = samples()
+    with pytest.raises(ValueError, match=r"a latency needs samples, got none$"):
+        recorded(records(result))
+
+
+def test_launches_without_their_samples_are_refused() -> None:
+    result = whole()
+    result.launches = {"cold_seconds": []}
+
+    with pytest.raises(ValueError, match=r"launches must have samples, got none of cold_seconds$"):
+        recorded(records(result))

@@ -2,193 +2,37 @@
 
 from __future__ import annotations
 
-import errno
-import itertools
-import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import pynvml
 import pytest
-import torch
 
-from lora_bench.bench import isolate, measure
-from lora_bench.bench import session as sessions
 from lora_bench.bench.isolate import Failure
-from lora_bench.bench.records import SCHEMA, read
-from lora_bench.bench.workload import Row
-from tests import faulty_workers
-from tests.faulty_subjects import FAULTY
+from lora_bench.bench.records import SCHEMA
+from tests.faulty_runs import (
+    Bench,
+    Plant,
+    another_writes,
+    base_exits,
+    cut_off,
+    elsewhere,
+    full_disk,
+    no_cuda,
+    no_room,
+    on_a_gpu,
+    options,
+    out_of_memory,
+    read_only,
+    resumed,
+    subject,
+    taken,
+    weighing,
+)
 from tests.planted_subjects import PLANTED
-from tests.pytest_runs import SMALL, Run, run
-from tests.scripted_workers import MEMORY, timing
-
-FILES = ("suites/gpu/test_base.py", "suites/gpu/test_separate.py", "suites/gpu/test_training.py")
-Job = Callable[..., Iterator[Any]]
-
-
-class Bench:
-    """A run of two subjects in the place of the user's, and what is to go wrong in it."""
-
-    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
-        self.folder, self.patch = folder, patch
-        self.options = ["--lora-subject=reference"]
-        self.phases = "decode"
-        self.jobs: dict[Any, Job] = {measure.compare: times, measure.weigh: weighs}
-        self.real = isolate.stream
-        self.asked = 0
-        patch.setattr(sessions, "stream", self.stream)
-
-    def stream(self, function: Any, *arguments: Any, seconds: float) -> Iterator[Any]:
-        self.asked += 1
-        job = self.jobs[function]
-        if job.__module__ == __name__:
-            return job(*arguments)
-        return self.real(job, *arguments, seconds=seconds)
-
-    def run(self) -> Run:
-        small = [option for option in SMALL if option.partition("=")[0] not in " ".join(self.options)]
-        output = [f"--lora-output={self.folder}"]
-        return run(*FILES, *small, "-k", self.phases, "--benchmark", "--lora-seconds=0.01", *output, *self.options)
-
-    def records(self) -> list[dict[str, Any]]:
-        (path,) = self.folder.glob("*.jsonl")
-        return read(path)
-
-
-HERE: dict[str, Any] = {"hard": {"device_name": "here"}, "soft": {}}
-
-
-def times(rows: list[Row], *_: object) -> Iterator[Any]:
-    yield HERE
-    yield from map(timing, rows)
-
-
-def weighs(rows: list[Row], *_: object) -> Iterator[Any]:
-    return ((row, MEMORY) for row in rows)
-
-
-# --- what goes wrong ------------------------------------------------------------------------------------------------
-
-Plant = Callable[[Bench], None]
-
-
-def subject(name: str, *options: str, where: Path = FAULTY, phases: str = "decode") -> Plant:
-    """A subject beside the reference, in a real process that really compares them."""
-
-    def plant(bench: Bench) -> None:
-        bench.jobs[measure.compare] = faulty_workers.compare
-        bench.options = [f"--lora-subject={where}:{name}", *bench.options, *options]
-        bench.phases = phases
-
-    return plant
-
-
-def out_of_memory(bench: Bench) -> None:
-    """The kernel's counter moves whenever it is read."""
-    subject("KILLED")(bench)
-    bench.patch.setattr(isolate, "oom_kills", itertools.count().__next__)
-
-
-def base_exits(bench: Bench) -> None:
-    bench.jobs[measure.compare] = faulty_workers.compare_without_base
-
-
-def weighing(kind: str, text: str) -> Plant:
-    def weigh(rows: list[Row], *_: object) -> Iterator[Any]:
-        yield Failure(kind, text, held=0) if rows[0].subject == "reference" else (rows[0], MEMORY)
-
-    def plant(bench: Bench) -> None:
-        bench.jobs[measure.weigh] = weigh
-        bench.phases = "decode or train"
-
-    return plant
-
-
-def full_disk(bench: Bench) -> None:
-    """Full as soon as the plan is written."""
-    written = itertools.count()
-
-    def fsync(_file: int) -> None:
-        if next(written):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    bench.patch.setattr(os, "fsync", fsync)
-
-
-def read_only(bench: Bench) -> None:
-    def touch(*_: object, **__: object) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    bench.patch.setattr(Path, "touch", touch)
-
-
-def no_room(bench: Bench) -> None:
-    bench.patch.setattr(shutil, "disk_usage", lambda _folder: SimpleNamespace(free=15 << 20))
-
-
-def taken(bench: Bench) -> None:
-    bench.options.append(f"--lora-output={PLANTED}")
-
-
-def options(*given: str) -> Plant:
-    return lambda bench: bench.options.extend(given)
-
-
-def no_cuda(bench: Bench) -> None:
-    bench.patch.setattr(torch.cuda, "device_count", lambda: 0)
-    bench.options.append("--lora-device=cuda")
-
-
-def begun(bench: Bench) -> Path:
-    """A run with its latencies alone, to be gone on with."""
-    assert bench.run().code == 0
-    (path,) = bench.folder.glob("*.jsonl")
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(line for line in lines if json.loads(line)["quantity"] in ("plan", "latency")))
-    bench.options.append(f"--lora-resume={path.stem}")
-    bench.asked = 0
-    return path
-
-
-def resumed(line: bytes, *given: str) -> Plant:
-    """A run whose second record is this one instead."""
-
-    def plant(bench: Bench) -> None:
-        path = begun(bench)
-        first, second, *rest = path.read_bytes().splitlines(keepends=True)
-        path.write_bytes(b"".join([first, line or second, *rest]))
-        bench.options.extend(given)
-
-    return plant
-
-
-def cut_off(bench: Bench) -> None:
-    path = begun(bench)
-    path.write_bytes(path.read_bytes()[:-9])
-
-
-def elsewhere(bench: Bench) -> None:
-    """On another machine, with the reference still to be timed and all to be weighed."""
-    path = begun(bench)
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(
-        b"".join(line for line in lines if b'"quantity": "latency"' not in line or b'"base"' in line[:600])
-    )
-
-    def there(*_: object) -> Iterator[Any]:
-        yield {"hard": {"device_name": "there"}, "soft": {}}
-        raise AssertionError("asked for more")
-
-    bench.jobs = dict.fromkeys(bench.jobs, there)
-
-
-# --- what comes of it -----------------------------------------------------------------------------------------------
+from tests.pytest_runs import Run
 
 
 class Fault(NamedTuple):
@@ -217,6 +61,10 @@ def refused(plant: Plant, says: str) -> Fault:
 
 ALL = {"base": "measured", "reference": "measured"}
 GONE = "gpu_lost: GpuLost: GPU is lost: device GPU-0, in nvmlDeviceGetUtilizationRates"
+LAUNCH = Failure("error", "AcceleratorError: CUDA error: unspecified launch failure", held=1)
+CRASH = Failure("crashed", "the worker was killed by SIGSEGV", held=1)
+HANG = Failure("timeout", "nothing came for 600 s", held=1)
+ANSWER, HANDLE = "nvmlDeviceGetMemoryInfo_v2", "nvmlDeviceGetHandleByUUID"
 RECORD = f'{{"schema": {SCHEMA}, "quantity": "latency", "subject": "base"}}\n'.encode()
 PLAN = f'{{"schema": {SCHEMA}, "quantity": "plan"}}\n'.encode()
 FAULTS = {
@@ -255,6 +103,46 @@ FAULTS = {
         ALL | dict.fromkeys(["base train", "reference train"], "gpu_lost: GpuLost: fell off"),
         7,
     ),
+    "a CUDA error that says so": costs_all(
+        subject("NO_DEVICE"), "gpu_lost: RuntimeError: CUDA error: no CUDA-capable device is detected", 7, "NO_DEVICE"
+    ),
+    "broken memory in a timed step": costs_all(
+        subject("STEP_ECC"),
+        "gpu_lost: AcceleratorError: CUDA error: uncorrectable ECC error encountered",
+        7,
+        "STEP_ECC",
+    ),
+    "a launch failure on a GPU that is lost": Fault(
+        on_a_gpu(LAUNCH, ANSWER, pynvml.NVML_ERROR_GPU_IS_LOST),
+        {
+            "base": "measured",
+            "reference": f"gpu_lost: *: device GPU-one, in nvmlDeviceGetMemoryInfo (the worker: error: {LAUNCH.text})",
+        },
+        7,
+    ),
+    "a crash on a GPU that needs a reset": Fault(
+        on_a_gpu(CRASH, ANSWER, pynvml.NVML_ERROR_RESET_REQUIRED),
+        {"base": "measured", "reference": f"gpu_lost: *(the worker: crashed: {CRASH.text})"},
+        7,
+    ),
+    "a hang on a GPU that is there no more": Fault(
+        on_a_gpu(HANG, HANDLE, pynvml.NVML_ERROR_NOT_FOUND),
+        {"base": "measured", "reference": f"gpu_lost: *: device GPU-one (the worker: timeout: {HANG.text})"},
+        7,
+    ),
+    "a launch failure on a GPU that answers": Fault(
+        on_a_gpu(LAUNCH), {"base": "measured", "reference": f"error: {LAUNCH.text}"}, 1
+    ),
+    "a crash on a GPU of which NVML tells nothing": Fault(
+        on_a_gpu(CRASH, "nvmlInitWithFlags", pynvml.NVML_ERROR_LIBRARY_NOT_FOUND),
+        {"base": "measured", "reference": f"crashed: {CRASH.text}"},
+        1,
+    ),
+    "a crash while weighing on a GPU that is lost": Fault(
+        on_a_gpu(CRASH._replace(held=0), ANSWER, pynvml.NVML_ERROR_GPU_IS_LOST, weighing=True),
+        ALL | dict.fromkeys(["base train", "reference train"], f"gpu_lost: *(the worker: crashed: {CRASH.text})"),
+        7,
+    ),
     "killed while weighing": Fault(
         weighing("crashed", "SIGKILL"), ALL | {f"{name} train": "measured" for name in ALL}, 0
     ),
@@ -268,9 +156,12 @@ FAULTS = {
         resumed(b'{"schema": 1, "quantity": "plan"}\n'), f"*.jsonl, line 2, is of schema 1, wanted {SCHEMA}"
     ),
     "a record without its fields": refused(
-        resumed(RECORD), "*.jsonl cannot be gone on with: a latency record lacks or has too much: 'workload'"
+        resumed(RECORD), "*.jsonl cannot be gone on with: a latency record lacks or has too much: 'samples_seconds'"
     ),
-    "a plan without its rows": refused(resumed(PLAN), "*.jsonl cannot be gone on with: 'rows'"),
+    "a plan without its rows": refused(
+        resumed(PLAN), "*.jsonl cannot be gone on with: a plan record lacks or has too much: 'rows'"
+    ),
+    "a run that another process writes": refused(another_writes, "the run * is being written by another process"),
     "no such run": refused(options("--lora-resume=absent"), "there is no run */absent.jsonl"),
     "resumed with other options": refused(
         resumed(b"", "--lora-rank=8"),

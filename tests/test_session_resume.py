@@ -225,6 +225,7 @@ def test_a_run_that_is_killed_ten_times_measures_its_plan_once(
     plan = with_bases(*(row(name, "separate", phase, sequence=length) for name, phase, length in each))
     whole = moments(lambda: measured(begin(tmp_path / "whole", plan)))
     run, draw, lengths = begin(tmp_path, plan).records.run_id, random.Random(0), []
+    recording.unlock(tmp_path / f"{run}.jsonl")  # as if this process had ended
     for _ in range(10):
         assert killed(tmp_path, plan, run, draw.randrange(1, whole // 4))
         lengths.append((tmp_path / f"{run}.jsonl").stat().st_size)

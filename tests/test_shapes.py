@@ -58,6 +58,7 @@ def test_a_folder_s_configuration_is_enough(config: Any, tmp_path: Path) -> None
 
     found = shapes(str(tmp_path))
 
+    assert isinstance(found, Shapes)
     assert found.parameters == sum(p.numel() for p in model.parameters())
     assert sum(count for count, _ in found.tensors) == len(list(model.parameters()))
     for name, linear in find_targets(model, TARGETS).items():
@@ -136,3 +137,13 @@ def test_an_unknown_model_is_refused_by_name(name: str) -> None:
 def test_a_folder_without_a_configuration_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no config\.json"):
         shapes(str(tmp_path))
+
+
+def test_a_single_layer_s_shapes_are_its_name_s() -> None:
+    found = shapes("linear-24x40")
+
+    assert found.linears == {"linear": (24, 40)}
+    assert found.parameters == 24 * 40
+    assert found.lora_parameters(4, ("linear",)) == 4 * (24 + 40)
+    with pytest.raises(ValueError, match=r"^a target is one of linear, got 'q_proj'$"):
+        found.lora_parameters(4, ("q_proj",))

@@ -173,3 +173,12 @@ def test_every_set_up_says_what_it_needs() -> None:
 )
 def test_to_switch_what_is_merged_it_must_be_unmerged(setup: str, phase: str, needed: tuple[object, ...]) -> None:
     assert verbs(replace(SEPARATE, setup=setup, phase=phase)) == needed
+
+
+def test_a_single_layer_is_the_only_one_that_is_adapted() -> None:
+    layer: dict[str, Any] = {"model": "linear-8x16", "dtype": "fp32", "rank": 4, "batch": 2, "sequence": 6}
+
+    assert str(Workload("separate", "decode", **layer)) == "decode-linear-8x16-fp32-r4-b2-s6"
+    assert Workload("separate", "decode", **layer).adapted == ("linear",)
+    with pytest.raises(ValueError, match=r"^targets must be all for linear-8x16, which is one layer, got 'qv'$"):
+        Workload("separate", "decode", targets="qv", **layer)

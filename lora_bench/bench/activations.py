@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from lora_bench.models.shapes import Shapes
+    from lora_bench.models.shapes import LayerShapes, Shapes
 
 FP32, INT64 = 4, 8
 
@@ -203,3 +203,50 @@ def rotary(shapes: Shapes, sequence: int, itemsize: int, *, rotates: bool) -> li
     """cos and sin, which all layers and all sequences share."""
     factors = {"tables": 2, "tokens": sequence, "head_dim": shapes.head_dim, "bytes": itemsize}
     return [Term("cos and sin", factors)] if rotates else []
+
+
+def layer_saved(layer: LayerShapes, *, tokens: int, itemsize: int, rank: int, adapted: bool) -> list[Term]:
+    """What a single layer saves for backward: x, of which A's gradient or the weight's is made, and A x."""
+    rows = {"tokens": tokens}
+    between = [Term("A x, scaled", rows | {"rank": rank, "bytes": itemsize})] if adapted else []
+    return [Term("x of the layer", rows | {"d_in": layer.d_in, "bytes": itemsize}), *between]
+
+
+def layer_passing(layer: LayerShapes, *, tokens: int, itemsize: int) -> list[Term]:
+    """What goes through a single layer beside what it saves: y and dL/dy, and dL/dx."""
+    out = {"tensors": 2, "tokens": tokens, "d_out": layer.d_out, "bytes": itemsize}
+    return [
+        Term("y and its gradient", out),
+        Term("gradient of x", {"tokens": tokens, "d_in": layer.d_in, "bytes": itemsize}),
+    ]
+
+
+def layer_transient(
+    layer: LayerShapes,
+    *,
+    batch: int,
+    tokens: int,
+    itemsize: int,
+    rank: int,
+    adapted: bool,
+    pooled: bool,
+    dequantising: list[Term],
+) -> list[Term]:
+    """The most that is alive at once around a single layer: x, y, the adapter's part and their sum.
+
+    As in `transient`, the algebra for a mixed batch gathers a copy of B for each sequence; and a weight is dequantised
+    before there is an adapter's part.
+    """
+    rows, bytes_ = {"tokens": tokens}, {"bytes": itemsize}
+
+    def outputs(name: str, count: int) -> Term:
+        return Term(name, {"tensors": count} | rows | {"d_out": layer.d_out} | bytes_)
+
+    x = Term("x", rows | {"d_in": layer.d_in} | bytes_)
+    adding = [x, outputs("y", 1)]
+    if adapted:
+        adding = [x, outputs("y, the adapter's part and their sum", 3)]
+    if pooled:
+        gathered = Term("B, for each sequence", {"sequences": batch, "rank": rank, "d_out": layer.d_out} | bytes_)
+        adding = [x, outputs("y and the adapter's part", 2), gathered, Term("A x", rows | {"rank": rank} | bytes_)]
+    return max(adding, [x, outputs("y", 1), *dequantising], key=total_bytes)

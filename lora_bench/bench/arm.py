@@ -8,18 +8,18 @@ from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from dataclasses import replace as replace_fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from lora_bench.bench.switch import Switch
-from lora_bench.bench.workload import TARGET_SETS
 from lora_bench.case import DTYPES
 from lora_bench.models.bases import FOUR_BIT, quantise
 from lora_bench.models.inject import adapt, find_targets, replace
 from lora_bench.models.routing import route_model
+from lora_bench.models.single import SingleLayer
 from lora_bench.spec import Factors, LoraSpec
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def build_arm(
     if subject is None:
         return Arm(workload.setup, model)
     spec = LoraSpec(workload.rank, alpha=2.0 * workload.rank)
-    targets = TARGET_SETS[workload.targets]
+    targets = workload.adapted
     adapters = {name: draw_adapters(name, layer, workload) for name, layer in find_targets(model, targets).items()}
     if workload.setup == "four_bit":
         quantise(model, next(kind for kind in subject.layers if kind in FOUR_BIT), targets)
@@ -126,17 +126,25 @@ def draw_adapters(name: str, linear: Any, workload: Workload) -> list[tuple[Lora
 
 @dataclass(frozen=True)
 class Step:
-    """One timed call, and what is not timed: `prepare` before each, and now and then `relocate`."""
+    """One timed call, and what is not timed: `prepare` before each, and now and then `relocate`.
+
+    `parts` is asked afterwards: seconds of each part of the last so many calls, of a step that has parts. `reads` is
+    what a call will read and then let go of: who keeps it can repeat what the call has put into a queue.
+    """
 
     run: Callable[[], object]
     prepare: Callable[[], object] = lambda: None
     relocate: Callable[[], object] = lambda: None
+    parts: Callable[[int], dict[str, list[float]]] = lambda _calls: {}
+    reads: Callable[[], object] = lambda: None
 
 
 def make_step(arm: Arm, workload: Workload) -> Step:
     """The step of the workload's phase: what is timed is what was judged, on the same modules."""
-    steps = {"prefill": _prefill, "decode": _decode, "switch": _switch, "train": _train}
-    step = steps[workload.phase](arm, workload)
+    steps = {"prefill": _prefill, "decode": _decode, "train": _train}
+    if isinstance(arm.model, SingleLayer):
+        steps = {"prefill": _rows, "decode": _rows, "train": _train_rows}
+    step = _switch(arm) if workload.phase == "switch" else steps[workload.phase](arm, workload)
     return replace_fields(step, relocate=lambda: relocate(arm.model))
 
 
@@ -193,20 +201,29 @@ def _decode(arm: Arm, workload: Workload) -> Step:
         if extra := cache.get_seq_length() - workload.sequence:
             cache.crop(-extra)
 
-    return Step(run, prepare=forget)
+    return Step(run, prepare=forget, reads=lambda: [(layer.keys, layer.values) for layer in cache.layers])
 
 
-def _switch(arm: Arm, _workload: Workload) -> Step:
+def _rows(arm: Arm, workload: Workload) -> Step:
+    layer = cast("SingleLayer", arm.model)
+    x = layer.draw(workload.batch, workload.tokens // workload.batch)
+
+    @torch.inference_mode()
+    def run() -> object:
+        with arm.routed():
+            return layer(x)
+
+    return Step(run)
+
+
+def _switch(arm: Arm) -> Step:
     assert arm.switch is not None
-    return Step(arm.switch)
+    return Step(arm.switch, parts=arm.switch.seconds)
 
 
 def _train(arm: Arm, workload: Workload) -> Step:
     tokens = draw_tokens(arm, workload.batch, workload.sequence)
-    arm.model.train()
-    if arm.setup == "base":
-        arm.model.requires_grad_(True)
-    optimiser = torch.optim.AdamW([p for p in arm.model.parameters() if p.requires_grad], lr=1e-5)
+    optimiser = _optimiser(arm)
 
     def run() -> None:
         arm.model(tokens, labels=tokens, use_cache=False).loss.backward()
@@ -214,6 +231,40 @@ def _train(arm: Arm, workload: Workload) -> Step:
         optimiser.zero_grad()
 
     return Step(run)
+
+
+def _train_rows(arm: Arm, workload: Workload) -> Step:
+    """As in the middle of a model: dL/dy comes from above, and dL/dx goes down."""
+    layer = cast("SingleLayer", arm.model)
+    x = layer.draw(workload.batch, workload.sequence).requires_grad_()
+    grad = layer.draw(workload.batch, workload.sequence, outputs=True)
+    optimiser = _optimiser(arm)
+
+    def run() -> None:
+        layer(x).backward(grad)
+        optimiser.step()
+        optimiser.zero_grad()
+        x.grad = None
+
+    return Step(run)
+
+
+def _optimiser(arm: Arm) -> torch.optim.Optimizer:
+    arm.model.train()
+    if arm.setup == "base":
+        arm.model.requires_grad_(True)
+    return torch.optim.AdamW([p for p in arm.model.parameters() if p.requires_grad], lr=1e-5)
+
+
+def backward_once(arm: Arm, length: int) -> None:
+    """A forward and backward of one sequence whose inputs are leaves: the first layers get a dL/dx as well."""
+    if isinstance(arm.model, SingleLayer):
+        x = arm.model.draw(1, length).requires_grad_()
+        arm.model(x).backward(arm.model.draw(1, length, outputs=True))
+        return
+    tokens = draw_tokens(arm, 1, length)
+    embedded = arm.model.get_input_embeddings()(tokens).detach().requires_grad_()
+    arm.model(inputs_embeds=embedded, labels=tokens, use_cache=False).loss.backward()
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -12,8 +12,18 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from lora_bench.bench.activations import FP32, Term, checkpointed, saved, total_bytes, transient
-from lora_bench.models.shapes import Shapes, shapes
+from lora_bench.bench.activations import (
+    FP32,
+    Term,
+    checkpointed,
+    layer_passing,
+    layer_saved,
+    layer_transient,
+    saved,
+    total_bytes,
+    transient,
+)
+from lora_bench.models.shapes import LayerShapes, Linears, Shapes, shapes
 
 MODES = ("lora", "rslora", "qlora", "full")
 """rsLoRA differs from LoRA in its scaling alone, and costs the same; full is the model without adapters."""
@@ -82,9 +92,10 @@ def terms(
 ) -> dict[str, list[Term]]:
     """The terms of each field of `Budget`.
 
-    model is a preset or a checkpoint's folder, of which only config.json is read; mode one of `MODES`. The phases are
+    model is a preset, a single layer or a checkpoint's folder, of which only config.json is read; mode one of `MODES`.
+    The phases are
     those of `Workload`, and so are batch, sequence and adapters: more than one are pooled for mixed batches, beside the
-    layer's own and an empty slot. No targets are all seven linear layers of a decoder layer. With `checkpointing` each
+    layer's own and an empty slot. No targets are all linear layers of a decoder layer. With `checkpointing` each
     decoder layer saves its input alone and computes the rest again. `device` is "cpu" or "cuda".
 
     Raises ValueError for what is out of range, naming it, as `shapes` does for the model, and for training more than
@@ -98,6 +109,8 @@ def terms(
         raise ValueError(f"{why}, got adapters={adapters}")
     if checkpointing and not train:
         raise ValueError(f"checkpointing is for training, and the phase is {phase}")
+    if checkpointing and isinstance(size, LayerShapes):
+        raise ValueError(f"checkpointing is for decoder layers, and {model} has none")
     place = {"batch": batch, "itemsize": ITEMSIZES[dtype], "rank": rank}
     quantised = chosen if mode == "qlora" and chosen else ()
     weights, constants = _weights(size, ITEMSIZES[dtype], quantised)
@@ -111,23 +124,65 @@ def terms(
     if train:
         tensors = size.tensors if chosen is None else size.lora_tensors(rank, chosen)
         found |= _trained(tensors, ITEMSIZES[dtype], device)
-        decoder, besides, loss = saved(size, sequence=sequence, targets=chosen, **place)
-        logits = {"tensors": 2, "tokens": batch * sequence, "vocabulary": size.vocabulary, "bytes": FP32}
-        backward = [Term("loss, the gradients of its two parts in fp32", logits)]
-        again: list[Term] = []
-        if checkpointing:  # what the loss has saved is gone when the layers are computed again
-            decoder, again = checkpointed(size, decoder, tokens=batch * sequence, itemsize=ITEMSIZES[dtype])
-            loss, backward = [], loss + backward
-        found["activations"] = decoder + besides + loss
-        found["workspace"] = max(backward, dequantising, again, key=total_bytes)
+    read, past = (1, sequence) if phase == "decode" else (sequence, 0)
+    work: dict[str, Any] = place | {"train": train, "read": read, "targets": chosen, "dequantising": dequantising}
+    if isinstance(size, LayerShapes):
+        found |= _layer(size, pooled=adapters > 1, **work)
     else:
-        read, past = (1, sequence) if phase == "decode" else (sequence, 0)
-        cache = {"tensors": 2 * size.layers, "tokens": batch * (past + read), "kv width": size.kv_width}
-        found["kv_cache"] = [Term("keys and values", cache | {"bytes": ITEMSIZES[dtype]})]
-        found["activations"] = transient(
-            size, read=read, past=past, targets=chosen or (), pooled=adapters > 1, dequantising=dequantising, **place
-        )
+        found |= _decoder(size, pooled=adapters > 1, past=past, checkpointing=checkpointing, **work)
     return {name: [term for term in own if term.bytes] for name, own in found.items()}
+
+
+def _decoder(
+    size: Shapes,
+    *,
+    train: bool,
+    read: int,
+    past: int,
+    targets: tuple[str, ...] | None,
+    pooled: bool,
+    dequantising: list[Term],
+    checkpointing: bool,
+    **place: int,
+) -> dict[str, list[Term]]:
+    """What a decoder's forward keeps, and its backward takes."""
+    batch, itemsize = place["batch"], place["itemsize"]
+    if not train:
+        cache = {"tensors": 2 * size.layers, "tokens": batch * (past + read), "kv width": size.kv_width}
+        alive = transient(
+            size, read=read, past=past, targets=targets or (), pooled=pooled, dequantising=dequantising, **place
+        )
+        return {"kv_cache": [Term("keys and values", cache | {"bytes": itemsize})], "activations": alive}
+    decoder, besides, loss = saved(size, sequence=read, targets=targets, **place)
+    logits = {"tensors": 2, "tokens": batch * read, "vocabulary": size.vocabulary, "bytes": FP32}
+    backward = [Term("loss, the gradients of its two parts in fp32", logits)]
+    again: list[Term] = []
+    if checkpointing:  # what the loss has saved is gone when the layers are computed again
+        decoder, again = checkpointed(size, decoder, tokens=batch * read, itemsize=itemsize)
+        loss, backward = [], loss + backward
+    workspace = max(backward, dequantising, again, key=total_bytes)
+    return {"activations": decoder + besides + loss, "workspace": workspace}
+
+
+def _layer(
+    size: LayerShapes,
+    *,
+    train: bool,
+    read: int,
+    targets: tuple[str, ...] | None,
+    pooled: bool,
+    dequantising: list[Term],
+    batch: int,
+    itemsize: int,
+    rank: int,
+) -> dict[str, list[Term]]:
+    """The same of a single layer."""
+    rows: dict[str, Any] = {"tokens": batch * read, "itemsize": itemsize}
+    if train:
+        keeps = layer_saved(size, rank=rank, adapted=targets is not None, **rows)
+        return {"activations": keeps, "workspace": [*layer_passing(size, **rows), *dequantising]}
+    adapter: dict[str, Any] = {"rank": rank, "adapted": targets is not None, "pooled": pooled}
+    return {"activations": layer_transient(size, batch=batch, dequantising=dequantising, **rows, **adapter)}
 
 
 def _check(mode: str, phase: str, dtype: str, device: str, sizes: dict[str, int]) -> None:
@@ -141,7 +196,7 @@ def _check(mode: str, phase: str, dtype: str, device: str, sizes: dict[str, int]
             raise ValueError(f"{name} must be at least {least}, got {number}")
 
 
-def _targets(size: Shapes, mode: str, targets: tuple[str, ...]) -> tuple[str, ...] | None:
+def _targets(size: Linears, mode: str, targets: tuple[str, ...]) -> tuple[str, ...] | None:
     """The layers that are adapted, or None for full fine-tuning."""
     if mode == "full":
         if targets:
@@ -152,21 +207,16 @@ def _targets(size: Shapes, mode: str, targets: tuple[str, ...]) -> tuple[str, ..
     return chosen
 
 
-def _weights(size: Shapes, itemsize: int, quantised: tuple[str, ...]) -> tuple[list[Term], list[Term]]:
+def _weights(size: Shapes | LayerShapes, itemsize: int, quantised: tuple[str, ...]) -> tuple[list[Term], list[Term]]:
     """The model's own tensors; and, of NF4 with double quantisation, the statistics of its blocks."""
     values = {name: d_in * d_out for name, (d_in, d_out) in size.linears.items()}
     packed = [values[name] for name in quantised]
     each = {"layers": size.layers}
-    table = {"vocabulary": size.vocabulary, "hidden": size.hidden, "bytes": itemsize}
-    weights = [
-        Term("embeddings, which are the head" if size.tied else "embeddings", table),
-        *([] if size.tied else [Term("head", table)]),
+    linears = [
         Term("linear layers", each | {"weights": sum(values.values()) - sum(packed), "bytes": itemsize}),
         Term("linear layers, 4-bit codes", each | {"weights": sum(packed), "bytes": 0.5}),
-        Term("biases", each | {"biases": sum(size.linears[name][1] for name in size.biased), "bytes": itemsize}),
-        Term("norms", {"norms": size.norms, "hidden": size.hidden, "bytes": itemsize}),
-        Term("rotary frequencies, kept twice", {"tensors": 2, "frequencies": size.head_dim // 2, "bytes": FP32}),
     ]
+    weights = linears if isinstance(size, LayerShapes) else _around(size, itemsize, linears)
     groups = each | {"groups": sum(math.ceil(number / BLOCK / NESTED_BLOCK) for number in packed)}
     constants = [
         Term("absmax of each 64 weights, in 8 bits", groups | {"blocks": NESTED_BLOCK, "bytes": 1}),
@@ -176,14 +226,28 @@ def _weights(size: Shapes, itemsize: int, quantised: tuple[str, ...]) -> tuple[l
     return weights, constants
 
 
-def _adapters(size: Shapes, itemsize: int, rank: int, targets: tuple[str, ...], adapters: int) -> list[Term]:
+def _around(size: Shapes, itemsize: int, linears: list[Term]) -> list[Term]:
+    """A decoder's tensors, its linear layers among them."""
+    table = {"vocabulary": size.vocabulary, "hidden": size.hidden, "bytes": itemsize}
+    biases = sum(size.linears[name][1] for name in size.biased)
+    return [
+        Term("embeddings, which are the head" if size.tied else "embeddings", table),
+        *([] if size.tied else [Term("head", table)]),
+        *linears,
+        Term("biases", {"layers": size.layers, "biases": biases, "bytes": itemsize}),
+        Term("norms", {"norms": size.norms, "hidden": size.hidden, "bytes": itemsize}),
+        Term("rotary frequencies, kept twice", {"tensors": 2, "frequencies": size.head_dim // 2, "bytes": FP32}),
+    ]
+
+
+def _adapters(size: Linears, itemsize: int, rank: int, targets: tuple[str, ...], adapters: int) -> list[Term]:
     both = {"layers": size.layers, "rank": rank, "(d_in + d_out)": sum(sum(size.linears[name]) for name in targets)}
     own = Term("A and B of the layers", both | {"bytes": itemsize})
     pool = Term("A and B in the pool, one slot empty", {"slots": adapters + 1} | both | {"bytes": itemsize})
     return [own, pool] if adapters > 1 else [own]
 
 
-def _dequantising(size: Shapes, itemsize: int, quantised: tuple[str, ...], device: str) -> list[Term]:
+def _dequantising(size: Linears, itemsize: int, quantised: tuple[str, ...], device: str) -> list[Term]:
     """`Nf4Linear` looks up pairs of float32 by int32, then rounds them: at once on a GPU, in chunks on a CPU."""
     if not quantised:
         return []

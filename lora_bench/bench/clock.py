@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+Moment: TypeAlias = "int | torch.cuda.Event"
 
 
 def wall_clock(step: Callable[[], object]) -> float:
@@ -30,6 +32,31 @@ def event_clock(step: Callable[[], object], device: str = "cuda") -> float:
     start.record(torch.cuda.current_stream(device))
     step()
     end.record(torch.cuda.current_stream(device))
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def moment(device: str) -> Moment:
+    """A moment within a timed call; on CUDA an event of the current stream, which waits for nothing.
+
+    On a device that was idle before, time in which it waits for the CPU lies between such moments as well.
+    """
+    return event_now(device) if device.startswith("cuda") else time.perf_counter_ns()
+
+
+def event_now(device: str) -> torch.cuda.Event:
+    """An event that a CUDA device reaches when it has done all that is in the queue of its current stream."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def seconds_between(start: Moment, end: Moment) -> float:
+    """From one moment to the other, in seconds; waits for the device to reach the latter."""
+    if isinstance(start, int) and isinstance(end, int):
+        return (end - start) / 1e9
+    assert not isinstance(start, int)
+    assert not isinstance(end, int)
     end.synchronize()
     return start.elapsed_time(end) / 1e3
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_bench.bench.budget import ITEMSIZES, Budget, budget
-from lora_bench.bench.workload import BASE, TARGET_SETS
-from lora_bench.models.shapes import shapes
+from lora_bench.bench.workload import BASE
+from lora_bench.models.shapes import LayerShapes, shapes
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lora_bench.bench.workload import Workload
     from lora_bench.models.shapes import Shapes
 
 WITHOUT = (BASE, "merged")
 """The set-ups in which no adapter is left beside the weights."""
+LAUNCH_BOUND = 0.5
+"""From which share of its time on a step is one of launches."""
 FORWARD, BACKWARD = 1, 2
 """Products of a matrix product's own size: y; and dL/dx and dL/dw."""
 
@@ -26,7 +30,7 @@ class Ceilings(NamedTuple):
 
 
 class Bound(NamedTuple):
-    """The least seconds of a step on a device with such ceilings, and by which of the two: "bytes" or "FLOPs"."""
+    """The least seconds of a step on a device with such ceilings, and what holds it: "bytes", "FLOPs" or "launches"."""
 
     seconds: float
     by: str
@@ -56,7 +60,7 @@ def budget_of(workload: Workload, device: str = "cpu") -> Budget:
         dtype=workload.dtype,
         phase=workload.phase,
         adapters=workload.adapters,
-        targets=() if mode == "full" else TARGET_SETS[workload.targets],
+        targets=() if mode == "full" else workload.adapted,
         device=device.partition(":")[0],
     )
 
@@ -66,22 +70,25 @@ def count(workload: Workload) -> Count:
 
     Of the activations of inference nothing is counted: an ideal kernel keeps them on the chip. Training writes and
     reads what is saved for backward once, reads the weights twice, and the optimiser passes over what trains: its
-    gradient, parameter and two moments. A product with a causal mask counts the half that is not masked.
+    gradient, parameter and two moments. A product with a causal mask counts the half that is not masked. What goes into
+    a single layer and comes out of it is read and written: there is nothing beside it on the chip.
 
     Raises ValueError for a model whose shapes are not known, and for a switch, of which nothing is counted.
     """
     if workload.phase == "switch":
         raise ValueError("of a switch nothing is counted")
-    size, targets = shapes(workload.model), TARGET_SETS[workload.targets]
+    size, targets = shapes(workload.model), workload.adapted
     return Count(_flops(workload, size, targets), _bytes(workload, size, targets))
 
 
-def _flops(workload: Workload, size: Shapes, targets: tuple[str, ...]) -> int:
+def _flops(workload: Workload, size: Shapes | LayerShapes, targets: tuple[str, ...]) -> int:
     tokens, train = workload.tokens, workload.phase == "train"
     linears = size.layers * sum(d_in * d_out for d_in, d_out in size.linears.values())
-    head = size.vocabulary * size.hidden * (tokens if train else workload.batch)  # logits of the last token alone
-    base = 2 * (tokens * linears + head)
-    attention = 4 * size.layers * size.query_width * workload.batch * _pairs(workload)
+    base, attention = 2 * tokens * linears, 0
+    if not isinstance(size, LayerShapes):
+        read = tokens if train else workload.batch  # logits of the last token alone
+        base += 2 * size.vocabulary * size.hidden * read
+        attention = 4 * size.layers * size.query_width * workload.batch * _pairs(workload)
     adapter = 0
     if workload.setup not in WITHOUT:
         adapter = 2 * tokens * size.lora_parameters(workload.rank, targets)
@@ -99,18 +106,36 @@ def _pairs(workload: Workload) -> int:
     return workload.sequence * (workload.sequence + 1) // 2
 
 
-def _bytes(workload: Workload, size: Shapes, targets: tuple[str, ...]) -> int:
+def _bytes(workload: Workload, size: Shapes | LayerShapes, targets: tuple[str, ...]) -> int:
     itemsize, train = ITEMSIZES[workload.dtype], workload.phase == "train"
     kept = budget_of(workload)
-    looked_up = 0 if size.tied else size.vocabulary * size.hidden * itemsize  # a table of which few rows are read
-    weights = kept.weights - looked_up + kept.quantisation_constants
+    weights, passing = kept.weights + kept.quantisation_constants, 0
+    if isinstance(size, LayerShapes):  # y, dL/dy and dL/dx to train, where x is among what is saved; or x and y
+        passing = workload.tokens * (size.d_in + size.d_out * (2 if train else 1)) * itemsize
+    elif not size.tied:
+        weights -= size.vocabulary * size.hidden * itemsize  # a table of which few rows are read
     one = 0 if workload.setup in WITHOUT else size.lora_parameters(workload.rank, targets) * itemsize
     adapters = one * (len(set(workload.asked)) if workload.setup == "batched" else 1)
     if not train:
-        return weights + adapters + kept.kv_cache
+        return weights + adapters + kept.kv_cache + passing
     trained = size.parameters * itemsize if workload.setup == BASE else one
     passes = 8  # gradient: written, read; two moments: read, written; parameter: read, written
-    return 2 * (weights + adapters) + passes * trained + 2 * kept.activations
+    return 2 * (weights + adapters) + passes * trained + 2 * kept.activations + passing
+
+
+def bounded(workload: Workload, ceilings: Mapping[str, Ceilings], launch_share: float | None = None) -> Bound | None:
+    """The least that a step could take, by ceilings for each dtype; None without them or where no shapes are known.
+
+    Where it is known that the device waits for launches more than half of the time, they hold the step; but the least
+    is still what the device could do.
+    """
+    if workload.dtype not in ceilings:
+        return None
+    try:
+        bound = count(workload).bound(ceilings[workload.dtype])
+    except ValueError:
+        return None
+    return bound._replace(by="launches") if launch_share is not None and launch_share > LAUNCH_BOUND else bound
 
 
 def reconciled(workload: Workload, device: str, memory: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,8 @@ LAST_SECONDS = 5.0
 """How long a worker may take to end once it has said all."""
 NO_MEMORY = re.compile("CUDA error: out of memory|DefaultCPUAllocator: (can't allocate|not enough) memory")
 """How torch says so in a RuntimeError: of the CUDA runtime, and of a CPU."""
+LOST = re.compile("CUDA error: (no CUDA-capable device is detected|uncorrectable ECC error encountered)")
+"""How the CUDA runtime says that a device which it has used is gone, or that nothing computed on it can be trusted."""
 OOM_KILLS = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))
 
 
@@ -135,10 +137,13 @@ def hold(number: int) -> None:
 
 
 def failure_kind(error: BaseException) -> str:
-    """What an exception means for a run: "oom", "gpu_lost", or any other "error"."""
+    """What an exception means for a run: "oom", "gpu_lost", or any other "error".
+
+    Other CUDA errors may as well be a kernel's own fault: whether the device is there is then NVML's to say.
+    """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or NO_MEMORY.search(str(error)):
         return "oom"
-    return "gpu_lost" if type(error).__name__ == "GpuLost" else "error"
+    return "gpu_lost" if type(error).__name__ == "GpuLost" or LOST.search(str(error)) else "error"
 
 
 def oom_kills() -> int:

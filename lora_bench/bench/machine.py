@@ -29,9 +29,11 @@ def fingerprint(device: str) -> dict[str, Any]:
     }
     if device.startswith("cuda"):
         uuid = device_uuid(device)
+        driver = nvml.driver_version(uuid)
+        soft["uuid"] = None if isinstance(driver, nvml.Unavailable) else uuid  # as what NVML knows the device
         hard |= {
             "cuda": torch.version.cuda,
-            "driver": str(nvml.driver_version(uuid)),
+            "driver": str(driver),
             "power_limit_watts": _plain(nvml.power_limit_watts(uuid)),
             "ecc": _plain(nvml_state.ecc_mode(uuid)),
             "mig": _plain(nvml_state.mig_mode(uuid)),

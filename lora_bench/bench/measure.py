@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from lora_bench import subjects
+from lora_bench.bench import launches
 from lora_bench.bench.arm import build_arm, make_step, torch_dtype
 from lora_bench.bench.ceilings import measure_ceilings
 from lora_bench.bench.clock import clock_of
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from lora_bench.bench.arm import Arm, Step
     from lora_bench.bench.counts import Ceilings
-    from lora_bench.bench.proof import Proof
+    from lora_bench.bench.result import Proof
     from lora_bench.bench.workload import Row
     from lora_bench.subject import Subject
 
@@ -46,7 +47,8 @@ class Progress(NamedTuple):
 class Timing(NamedTuple):
     """One row's samples, and the base's of the same rounds; `beside`: all that took turns.
 
-    `window` is what happened to the device's clocks meanwhile, as `Window.as_dict` tells it.
+    `window` is what happened to the device's clocks meanwhile, as `Window.as_dict` tells it; `parts` holds the seconds
+    of each part of a step that has parts, sample by sample.
     """
 
     row: Row
@@ -55,6 +57,14 @@ class Timing(NamedTuple):
     proof: Proof | None
     beside: list[str]
     window: dict[str, Any]
+    parts: dict[str, list[float]] = {}  # noqa: RUF012  # of a tuple, and never changed
+
+
+class Launches(NamedTuple):
+    """What a GPU told of one row beside its samples, as in `lora_bench.bench.launches.look`."""
+
+    row: Row
+    found: dict[str, Any]
 
 
 class Refusal(NamedTuple):
@@ -67,12 +77,13 @@ class Refusal(NamedTuple):
 
 def compare(
     rows: Sequence[Row], device: str, budget_seconds: float
-) -> Iterator[Progress | Timing | Refusal | Ceilings | dict[str, Any]]:
+) -> Iterator[Progress | Timing | Launches | Refusal | Ceilings | dict[str, Any]]:
     """Time `rows` (each phase's base among them) interleaved; yields fingerprint, ceilings, then each row's result.
 
     Every arm is built and proven first; rows whose arm fails are refused and the rest goes on. In each round every
-    row of a phase runs once, in random order, so that what disturbs the machine disturbs all of them. Arms that do
-    not fit the memory together are compared in groups, each with its own run of the base.
+    row of a phase runs once, in random order, so that what disturbs the machine disturbs all of them. On a GPU each row
+    is then looked at with cold caches, and without its launches. Arms that do not fit the memory together are compared
+    in groups, each with its own run of the base.
     """
     settle_threads(device)
     yield fingerprint(device)
@@ -124,18 +135,21 @@ def _compare_group(
     device: str,
     budget_seconds: float,
     holding: Callable[[Row], None],
-) -> Iterator[Progress | Timing | Refusal]:
+) -> Iterator[Progress | Timing | Launches | Refusal]:
     steps: dict[Row, Step] = {}
     proofs: dict[Row, Proof | None] = {}
     for arm_rows in _by_arm(rows):
         holding(arm_rows[0])
+        refused = []
         try:
             ready = _ready(base, arm_rows)
         except Exception as error:  # a subject may raise anything; its rows are refused by name
             if (kind := refusal_kind(error)) == "gpu_lost":
                 raise
-            yield from [Refusal(row, kind, told(error, device)) for row in arm_rows]
-            _release(device)
+            refused = [Refusal(row, kind, told(error, device)) for row in arm_rows]
+        if refused:
+            _release(device)  # first: where it finds the device out of order, that is no row's fault
+            yield from refused
             continue
         for row, (step, proof) in zip(arm_rows, ready, strict=True):
             steps[row], proofs[row] = step, proof
@@ -143,6 +157,18 @@ def _compare_group(
             checks, error_ratio, _ = summary(shown)
             name = arm_rows[0].arm_name
             yield Progress(f"{name} is right: {checks} checks, errors up to {error_ratio:.2f} of their bounds")
+    yield from _take_turns(steps, proofs, device, budget_seconds, holding)
+
+
+def _take_turns(
+    steps: dict[Row, Step],
+    proofs: dict[Row, Proof | None],
+    device: str,
+    budget_seconds: float,
+    holding: Callable[[Row], None],
+) -> Iterator[Progress | Timing | Launches]:
+    """Time the rows of each phase beside each other, and look at all of them once more on a GPU."""
+    hot: dict[Row, list[float]] = {}
     for phase in dict.fromkeys(row.workload.phase for row in steps):
         of_phase = [row for row in steps if row.workload.phase == phase]
         controls = {row.base() for row in of_phase}
@@ -159,7 +185,13 @@ def _compare_group(
         control = next((samples[row] for row in samples if row.subject == BASE), Samples([], [], []))
         for row in samples:
             beside = [str(other) for other in samples]
-            yield Timing(row, samples[row], control, proofs[row], beside, window.as_dict())
+            parts = steps[row].parts(len(samples[row].seconds))
+            yield Timing(row, samples[row], control, proofs[row], beside, window.as_dict(), parts)
+            hot[row] = samples[row].seconds
+    if device.startswith("cuda") and hot:  # last: what goes wrong here costs no row its times
+        yield Progress(f"{len(hot)} rows with cold caches, and without their launches")
+        found = launches.look(steps, hot, device, budget_seconds=budget_seconds, holding=holding)
+        yield from (Launches(*each) for each in found)
 
 
 def refusal_kind(error: Exception) -> str:

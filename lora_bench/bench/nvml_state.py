@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pynvml
 
-from lora_bench.bench.nvml import Device, Unavailable, ask, held, known, probe
+from lora_bench.bench.nvml import Device, GpuLost, Unavailable, ask, held, known, memory, probe
 
 REASONS = {
     0x001: "idle",
@@ -19,6 +19,7 @@ REASONS = {
     0x200: "board limit",
     0x400: "reliability",
 }
+GONE = (pynvml.NVML_ERROR_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
 COMPUTE_MODES = ("default", "exclusive thread", "prohibited", "exclusive process")
 
 
@@ -29,6 +30,17 @@ def device_count() -> int | Unavailable:
             return int(ask("", "nvmlDeviceGetCount"))
     except pynvml.NVMLError as error:
         return Unavailable(f"NVML: {error}", error.value)
+
+
+def why_gone(uuid: str) -> str:
+    """Why a device that NVML knew is there no more; nothing where it answers, or NVML says nothing of the kind."""
+    try:
+        found = memory(uuid)
+    except GpuLost as error:
+        return str(error)
+    if isinstance(found, Unavailable) and found.code in GONE:
+        return f"{found.reason}: device {uuid}"
+    return ""
 
 
 def throttle_reasons(uuid: str) -> tuple[str, ...] | Unavailable:

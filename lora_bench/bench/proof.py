@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from lora_bench import bounds, definition
-from lora_bench.bench.arm import draw_tokens, make_step
+from lora_bench.bench.arm import backward_once, make_step
+from lora_bench.bench.result import Proof
 from lora_bench.bounds import Arithmetic, Deviation
 from lora_bench.models.bases import dequantised
 
@@ -28,14 +29,6 @@ TRAIN_TOKENS = 16
 
 class Wrong(AssertionError):
     """An arm that does not compute LoRA, or whose adapter cannot be told from rounding; the text names the layer."""
-
-
-class Proof(NamedTuple):
-    """How many comparisons were made, the largest error beside its bound, and the least visibility of an adapter."""
-
-    checks: int
-    error_ratio: float
-    visibility: float
 
 
 class Capture(NamedTuple):
@@ -159,12 +152,9 @@ def prove_training(arm: Arm, subject: Subject) -> Proof:
     for name, layer in arm.layers.items():
         forward, backward = watch(name)
         handles += [layer.register_forward_hook(forward), layer.register_full_backward_hook(backward)]
-    tokens = draw_tokens(arm, 1, TRAIN_TOKENS)
-    # As a leaf of the graph, so that the first layers have a dL/dx to judge as well.
-    embedded = arm.model.get_input_embeddings()(tokens).detach().requires_grad_()
     try:
         arm.model.train()
-        arm.model(inputs_embeds=embedded, labels=tokens, use_cache=False).loss.backward()
+        backward_once(arm, TRAIN_TOKENS)
     finally:
         for handle in handles:
             handle.remove()

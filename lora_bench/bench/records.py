@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shlex
 import subprocess
+import sys
 import uuid
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-SCHEMA = 2
+from lora_bench.bench.upgrade import TODAY, upgrade
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SCHEMA = TODAY
+_locked: dict[Path, int] = {}
+"""Of this process: the descriptors that hold the runs it writes. The system lets go of them when the process ends."""
 
 
 class Records:
     """The record file of one run, `folder`/`run_id`.jsonl; with `resume` that of an earlier run, to be gone on with.
 
     `resume` is the run's id or its file, and `earlier` what it has written. A last line that was cut off is taken away.
-    Where a record cannot be written the run goes on, and `unwritten` says why: what is measured is still told.
+    Where a record cannot be written the run goes on, and `unwritten` says why: what is measured is still told. The
+    file is locked until this process ends, however it ends.
 
     Raises OSError where the file cannot be made, and ValueError where there is no such run, or one that cannot be gone
-    on with: another schema, a line that is no record, no plan.
+    on with: another process writes it, another schema, a line that is no record, no plan.
     """
 
     def __init__(self, folder: Path, resume: str | None = None) -> None:
@@ -31,8 +42,10 @@ class Records:
             folder.mkdir(parents=True, exist_ok=True)
             self.path = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}.jsonl"
             self.path.touch(exist_ok=False)
+            lock(self.path)
         else:
             self.path = Path(resume) if resume.endswith(".jsonl") else folder / f"{resume}.jsonl"
+            lock(self.path)  # before it is read: another process may be in the middle of a line
             self.earlier = read(self.path)
             if not any(record["quantity"] == "plan" for record in self.earlier):
                 raise ValueError(f"{self.path} holds no plan of a run to go on with")
@@ -48,9 +61,10 @@ class Records:
                 file.truncate(whole.rfind(b"\n") + 1)
 
     def append(self, **fields: Any) -> None:
-        """Write one record and force it to the disk."""
+        """Write one record and force it to the disk; the first of a file tells the command as well."""
         record = self._common | {"time": datetime.now(UTC).isoformat(timespec="seconds")} | fields
         size = self.path.stat().st_size if self.path.exists() else 0
+        record |= {} if size else {"command": command(sys.orig_argv)}
         try:
             with self.path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -62,8 +76,43 @@ class Records:
                 os.truncate(self.path, size)  # or the next record would end a line that this one has begun
 
 
+def command(arguments: Sequence[str]) -> str:
+    """What was typed, by the arguments of the interpreter, without the folders of Python and of installed programs."""
+    python, *rest = arguments
+    if rest and Path(rest[0]).is_absolute() and Path(rest[0]).parent == Path(python).parent:
+        return shlex.join([Path(rest[0]).name, *rest[1:]])
+    return shlex.join([Path(python).name, *rest])
+
+
+def lock(path: Path) -> None:
+    """Hold a record file for this process, which may hold it already; nothing where it cannot be opened or locked.
+
+    Raises ValueError where another process holds it.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return  # whoever reads or writes it says why
+    unlock(path)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(f"the run {path.stem} is being written by another process") from None
+    except OSError:  # of a file system without locks
+        os.close(descriptor)
+        return
+    _locked[path.resolve()] = descriptor
+
+
+def unlock(path: Path) -> None:
+    """Let go of a record file, if this process holds it."""
+    if (descriptor := _locked.pop(path.resolve(), None)) is not None:
+        os.close(descriptor)
+
+
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a run, without a last line that was cut off.
+    """The records of a run in today's schema, without a last line that was cut off.
 
     Raises ValueError naming the file, the line and what is wrong with it.
     """
@@ -78,12 +127,15 @@ def read(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last line's end is nothing, or cut off
         try:
             record = json.loads(line)
-            schema = record["schema"], record["quantity"]
+            _ = record["schema"], record["quantity"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}, line {number}, is no record: {line[:60]!r}") from None
-        if schema[0] != SCHEMA:
-            raise ValueError(f"{path}, line {number}, is of schema {schema[0]}, wanted {SCHEMA}")
-        records.append(record)
+        try:
+            records.append(upgrade(record))
+        except KeyError as error:
+            raise ValueError(f"{path}, line {number}, is no record: it lacks {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}, {error}") from None
     return records
 
 

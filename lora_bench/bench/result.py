@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lora_bench.bench.proof import Proof
+from lora_bench.bench.checked import check, row_of
 from lora_bench.bench.ratio import Interval, median_interval, paired_ratio
 from lora_bench.bench.sampling import Samples, undisturbed
-from lora_bench.bench.workload import Row, Workload
+from lora_bench.bench.workload import Row
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -16,10 +17,20 @@ if TYPE_CHECKING:
 NONE = Samples([], [], [])
 
 
+class Proof(NamedTuple):
+    """How many comparisons were made, the largest error beside its bound, and the least visibility of an adapter."""
+
+    checks: int
+    error_ratio: float
+    visibility: float
+
+
 @dataclass
 class Result:
     """What is known of a row: its samples in order, the base's of the same rounds, memory and energy, or why not.
 
+    `parts` are the seconds of each part of a step that has parts, in the order of the samples. `launches` is what a GPU
+    told beside them; on a CPU it stays empty, as it does where a worker has ended before.
     `kind` is what went wrong: "wrong" (it is not LoRA), "oom", "crashed", "timeout", "gpu_lost" or "error".
     """
 
@@ -29,6 +40,8 @@ class Result:
     beside: list[str] = field(default_factory=list)
     proof: Proof | None = None
     window: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, list[float]] = field(default_factory=dict)
+    launches: dict[str, Any] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
     energy: dict[str, Any] = field(default_factory=dict)
     kind: str = ""
@@ -86,6 +99,7 @@ class Result:
             "base_interrupted": self.base.interrupted,
             "interleaved_with": self.beside,
             "window": self.window,
+            "parts_seconds": self.parts,
             "correctness": self.proof._asdict() if self.proof else None,
         }
 
@@ -97,16 +111,17 @@ class Result:
 def recorded(records: Iterable[dict[str, Any]]) -> dict[Row, Result]:
     """The results that records tell of. A row whose GPU was lost is one still to be measured.
 
-    Raises ValueError for a record that lacks what its quantity has, naming it.
+    Raises ValueError for a record of any quantity that lacks what it should have or has it of another type, naming it,
+    and for samples that no clock can have read, naming the row and the value.
     """
     results: dict[Row, Result] = {}
     for record in records:
-        if record["quantity"] not in ("latency", "memory", "energy", "failure"):
-            continue
         try:
-            row = Row(record["subject"], Workload(**record["workload"]))
-            _take(record, results.setdefault(row, Result(row)))
-        except (KeyError, TypeError) as error:
+            check(record)
+            if record["quantity"] in ("latency", "launches", "memory", "energy", "failure"):
+                row = row_of(record)
+                _take(record, results.setdefault(row, Result(row)))
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"a {record['quantity']} record lacks or has too much: {error}") from None
     return results
 
@@ -114,14 +129,40 @@ def recorded(records: Iterable[dict[str, Any]]) -> dict[Row, Result]:
 def _take(record: dict[str, Any], result: Result) -> None:
     match record["quantity"]:
         case "latency":
-            result.samples = Samples(record["samples_seconds"], record["order"], record["interrupted"])
-            base = record["base_samples_seconds"], record["base_order"], record["base_interrupted"]
-            result.base, result.beside = Samples(*base), record["interleaved_with"]
-            result.window = record["window"]
+            result.samples, result.base = _samples(record, result.row), _samples(record, result.row, "base_")
+            if len(result.base.seconds) not in (0, len(result.samples.seconds)):
+                counts = f"{len(result.samples.seconds)} and {len(result.base.seconds)}"
+                raise ValueError(f"{result.row}: it and its base must have equally many samples, got {counts}")
+            result.beside = record["interleaved_with"]
+            result.window, result.parts = record["window"], record.get("parts_seconds", {})
+            for name, part in result.parts.items():
+                if len(part) != len(result.samples.seconds):
+                    counts = f"{len(part)} of {len(result.samples.seconds)}"
+                    raise ValueError(f"{result.row}: every sample must have its part {name!r}, got {counts}")
             result.proof = Proof(**record["correctness"]) if record["correctness"] else None
+        case "launches":
+            result.launches = record["launches"]
+            if empty := [name for name, found in result.launches.items() if found == []]:
+                raise ValueError(f"{result.row}: launches must have samples, got none of {empty[0]}")
         case "memory":
             result.memory = record["memory"]
         case "energy":
             result.energy = record["energy"]
         case "failure" if record["kind"] != "gpu_lost":
             result.kind, result.failure = record["kind"], record["text"]
+
+
+def _samples(record: dict[str, Any], row: Row, of: str = "") -> Samples:
+    """The samples of a record: times above 0 that end, each with its turn and whether it was interrupted."""
+    names = [f"{of}{name}" for name in ("samples_seconds", "order", "interrupted")]
+    found = Samples(*(record[name] for name in names))
+    lengths = [len(found.seconds), len(found.turns), len(found.interrupted)]
+    if lengths[0] != lengths[2] or lengths[1] not in (0, lengths[0]):  # the turns of an old record are not known
+        counts = ", ".join(f"{length} {name}" for name, length in zip(names, lengths, strict=True))
+        raise ValueError(f"{row}: the samples must all have a turn and an interruption, got {counts}")
+    if not found.seconds and not of:
+        raise ValueError(f"{row}: a latency needs samples, got none")
+    for number, seconds in enumerate(found.seconds):
+        if isinstance(seconds, bool) or not isinstance(seconds, float | int) or not 0 < seconds < math.inf:
+            raise ValueError(f"{row}: {names[0]}[{number}] must be above 0 s and finite, got {seconds!r}")
+    return found

@@ -97,15 +97,16 @@ def _round(
     for key in order.sample(list(steps), len(steps)):
         holding(key)
         steps[key].prepare()
-        before = _interruptions()
+        before = interruptions()
         seconds = clock(steps[key].run)
         if not 0 < seconds < math.inf:
             raise ValueError(f"a step takes more than 0 s and ends, got {seconds:g} s by its clock")
-        taken.append((key, seconds, _interruptions() > before))
+        taken.append((key, seconds, interruptions() > before))
     return taken
 
 
-def _interruptions() -> int:
+def interruptions() -> int:
+    """How often the system has taken the processor away from this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
@@ -116,9 +117,12 @@ def noise(seconds: Sequence[float]) -> float:
 
 
 def is_steady(seconds: Sequence[float]) -> bool:
-    """Whether the noise would have been told the same by the first two thirds of the samples."""
+    """Whether the noise would have been told the same by the first two thirds of the samples.
+
+    No noise at all is none that is known: half of the samples being equal says that the clock cannot tell them apart.
+    """
     now = noise(seconds)
-    return abs(noise(seconds[: 2 * len(seconds) // 3]) - now) <= STEADY * now
+    return now > 0 and abs(noise(seconds[: 2 * len(seconds) // 3]) - now) <= STEADY * now
 
 
 def undisturbed(samples: Sequence[Samples]) -> list[int]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.bench import measure
-from lora_bench.bench.counts import Bound, Ceilings, count, reconciled
+from lora_bench.bench.counts import Bound, Ceilings, bounded, count, reconciled
 from lora_bench.bench.isolate import Failure, stream
+from lora_bench.bench.nvml_state import why_gone
 from lora_bench.bench.result import Result, recorded
 from lora_bench.bench.sampling import percentiles
 from lora_bench.bench.workload import BASE, Row, Workload
@@ -42,7 +43,7 @@ class Session:
         self.device, self.budget_seconds, self.records, self.tell = device, budget_seconds, records, tell
         self.seconds, self.energy_seconds = SECONDS, 0.0
         self.planned: list[Row] = []
-        self.lost = self.differs = ""
+        self.lost = self.differs = self.uuid = ""
         try:
             self.results, self.ceilings, self._began = recorded(records.earlier), _ceilings(records), _plan(records)
         except (ValueError, KeyError, TypeError) as error:
@@ -98,6 +99,14 @@ class Session:
                 self._fail(
                     left if culprit is None or culprit.subject == BASE else [culprit], failure.kind, failure.text
                 )
+                if culprit is not None:
+                    self._unseen(culprit, failure)
+
+    def _unseen(self, row: Row, failure: Failure) -> None:
+        """Say why a row that has its times was not looked at once more on its GPU."""
+        result = self.results[row]
+        if self.device.startswith("cuda") and result.measured and not result.launches:
+            self._note(row, "launches", {"launch_share": f"unavailable ({failure.kind}: {failure.text})"})
 
     def _compare(self, rows: list[Row]) -> Failure | None:
         """Time rows side by side in one worker; what ended it, if something did."""
@@ -105,12 +114,12 @@ class Session:
             match message:
                 case measure.Progress(text):
                     self.tell(text)
-                case measure.Timing():
+                case measure.Timing() | measure.Launches():
                     self._keep(message)
                 case measure.Refusal(row, kind, text):
                     self._fail([row], kind, text)
                 case Failure():
-                    return message
+                    return self._explained(message)
                 case dict() if differs := self._differs(message):
                     self._fail(rows, "not_comparable", differs)
                     return None
@@ -120,8 +129,15 @@ class Session:
                     self._reach(rows[0].workload.dtype, message)
         return None
 
+    def _explained(self, failure: Failure) -> Failure:
+        """A worker's failure on a GPU, of which NVML may say that it is gone: its CUDA error or crash tells less."""
+        if failure.kind != "gpu_lost" and self.uuid and (why := why_gone(self.uuid)):
+            return failure._replace(kind="gpu_lost", text=f"{why} (the worker: {failure.kind}: {failure.text})")
+        return failure
+
     def _differs(self, fingerprint: dict[str, Any]) -> str:
-        """Note in what this machine is not the one on which the run began."""
+        """Note which GPU this is, as far as NVML knows, and in what it is not the machine on which the run began."""
+        self.uuid = fingerprint["soft"].get("uuid") or ""
         began = self.fingerprint.get("hard", {})
         self.differs = "; ".join(
             f"the run began with {name} {began[name]}, and here it is {value}"
@@ -139,19 +155,20 @@ class Session:
 
     def bound(self, row: Row) -> Bound | None:
         """The least that the row's step could take on this device; None where its model's shapes are not known."""
-        if row.workload.dtype not in self.ceilings:
-            return None
-        try:
-            return count(row.workload).bound(self.ceilings[row.workload.dtype])
-        except ValueError:
-            return None
+        share = self.results[row].launches.get("launch_share") if row in self.results else None
+        return bounded(row.workload, self.ceilings, share if isinstance(share, float) else None)
 
-    def _keep(self, timing: measure.Timing) -> None:
+    def _keep(self, timing: measure.Timing | measure.Launches) -> None:
         result = self.results[timing.row]
+        if isinstance(timing, measure.Launches):
+            if not result.launches:
+                self._note(timing.row, "launches", timing.found)
+            return
         if result.measured:
             return  # a further run of the base: its rows carry those samples themselves
         result.samples, result.base = timing.samples, timing.base
         result.proof, result.beside, result.window = timing.proof, timing.beside, timing.window
+        result.parts = timing.parts
         self._record(result, result.timed())
 
     def _alone(
@@ -183,7 +200,7 @@ class Session:
         for message in stream(function, rows, self.device, *arguments, seconds=self.seconds):
             match message:
                 case Failure():
-                    return message
+                    return self._explained(message)
                 case dict() if differs := self._differs(message):
                     return Failure("not_comparable", differs)
                 case (row, found):
@@ -219,8 +236,10 @@ class Session:
             "ratio_to_base": result.ratio._asdict() if result.ratio else None,
             "interleaved_with": result.beside,
             "percentiles_seconds": percentiles(result.seconds),
+            "parts_seconds": result.parts,
             "bound": self._bounded(result),
             "window": result.window,
+            "launches": result.launches,
             "memory": result.memory,
             "reconciled": reconciled(result.row.workload, self.device, result.memory),
             "energy": result.energy,

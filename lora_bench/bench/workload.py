@@ -6,6 +6,8 @@ import random
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from lora_bench.models.presets import SINGLE, widths
+
 SETUPS = ("base", "merged", "separate", "batched", "four_bit")
 PHASES = ("prefill", "decode", "switch", "train")
 POPULARITIES = ("distinct", "identical", "uniform", "zipf")
@@ -26,8 +28,9 @@ class Workload:
 
     `adapters` is how many the batch may ask for (set-up "batched"), `popularity` how: row i for adapter i mod adapters
     ("distinct"), all for one ("identical"), or at random, each alike ("uniform") or the k-th 1 / k as often as the
-    first ("zipf"). `targets` is one of `TARGET_SETS`; with
-    "four_bit" the others stay dense. For the base, `rank` is 0.
+    first ("zipf"). `targets` is one of `TARGET_SETS`; with "four_bit" the others stay dense. For the base, `rank` is 0.
+
+    Of a single layer ("linear-4096x11008") prefill and train read batch x sequence rows, and decode `batch` of them.
 
     Raises ValueError for a value out of range, naming it.
     """
@@ -51,6 +54,8 @@ class Workload:
         for name, least in (("rank", int(self.setup != BASE)), ("batch", 1), ("sequence", 2), ("adapters", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.targets != "all" and widths(self.model):
+            raise ValueError(f"targets must be all for {self.model}, which is one layer, got {self.targets!r}")
 
     def __str__(self) -> str:
         """Short and stable: it becomes part of a benchmark's name and of its history."""
@@ -67,6 +72,11 @@ class Workload:
         if self.phase == "switch":
             return 0
         return self.batch * (1 if self.phase == "decode" else self.sequence)
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """The layers that get an adapter, by the ends of their names."""
+        return (SINGLE,) if widths(self.model) else TARGET_SETS[self.targets]
 
     @property
     def asked(self) -> list[int]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lora_bench.bench.activations import total_bytes
 from lora_bench.bench.budget import DEVICES, ITEMSIZES, MODES, PHASES, Budget, terms
 from lora_bench.commands.arguments import FINE, at_least
+from lora_bench.models.presets import widths
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from lora_bench.commands.arguments import Verbs
 
 UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+MODEL = "a preset's name, a single layer as linear-D_INxD_OUT, or a checkpoint's directory"
 CHOICES = ("model", "mode", "rank", "batch", "sequence", "dtype", "phase", "adapters")
 
 
@@ -44,7 +46,7 @@ def scenario_options(verb: argparse.ArgumentParser, modes: Sequence[str], **defa
     number = at_least(1, int)
     known = {name: f" ({value})" if value else " (by device)" for name, value in defaults.items()}
     phase = known["phase"] if defaults["phase"] else " (train, for adapters prefill)"
-    verb.add_argument("--model", required=True, help="a preset's name or a checkpoint's directory")
+    verb.add_argument("--model", required=True, help=MODEL)
     verb.add_argument("--mode", choices=modes, default="lora", help="what is trained, over which weights (lora)")
     verb.add_argument("--rank", type=number, default=16, metavar="R", help="of every adapter (16)")
     verb.add_argument("--batch", type=number, default=8, metavar="B", help="sequences in a batch (8)")
@@ -120,19 +122,20 @@ def as_text(options: argparse.Namespace, found: dict[str, list[Term]], total: Bu
                 line(f"  {term.name}", term.bytes, term.formula)
     lines.append("")
     line("total, if all were there at once", total.total)
-    line("peak", total.peak, _why(total))
+    line("peak", total.peak, _why(total, options.model))
     if not context_known:
         lines.append("context: measured per device, not estimated (give it with --context)")
     return "\n".join(lines)
 
 
-def _why(total: Budget) -> str:
+def _why(total: Budget, model: str) -> str:
     """Which moment the peak is."""
     if not total.gradients:
         return "in the forward"
     if total.gradients > total.activations + total.workspace:
         return "in the optimiser's step, when the activations are gone"
-    return "in the backward of the loss, before there are gradients"
+    where = "in the backward" if widths(model) else "in the backward of the loss"
+    return f"{where}, before there are gradients"
 
 
 def title(options: argparse.Namespace, without: str = "") -> str:

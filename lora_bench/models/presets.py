@@ -1,4 +1,4 @@
-"""Model shapes by name: the published Llama ones, and two small ones; nothing is fetched.
+"""Model shapes by name: the published Llama ones, two small ones, and single layers; nothing is fetched.
 
 Sources: the configurations published with Llama 2 (Touvron et al. 2023, arXiv 2307.09288), Llama 3 and 3.2 (Grattafiori
 et al. 2024, arXiv 2407.21783, table 3); the parameter counts follow from them and are asserted by the tests.
@@ -6,6 +6,7 @@ et al. 2024, arXiv 2407.21783, table 3); the parameter counts follow from them a
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -86,3 +87,17 @@ def config(name: str) -> LlamaConfig:
     from transformers import LlamaConfig
 
     return LlamaConfig(**PRESETS[name])
+
+
+SINGLE, SINGLE_FORM = "linear", "linear-<d_in>x<d_out>"
+"""The name of the only layer of a model that is a single layer, and how such a model is named."""
+
+
+def widths(model: str) -> tuple[int, int] | None:
+    """(d_in, d_out) of a single layer by its name, such as linear-4096x11008; None for what is no such name.
+
+    Below 2 no width is one: of a single weight there is no spread.
+    """
+    match = re.fullmatch(f"{SINGLE}-([1-9][0-9]*)x([1-9][0-9]*)", model)
+    found = (int(match[1]), int(match[2])) if match else None
+    return found if found and min(found) > 1 else None

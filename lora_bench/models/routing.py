@@ -73,7 +73,8 @@ def route_model(
     if layers.keys() != adapters_per_layer.keys():
         names = ", ".join(sorted(layers.keys() ^ adapters_per_layer.keys()))
         raise ValueError(f"every adapted layer needs its adapters and no other does; they differ in {names}")
-    router = Router(subject, next(model.parameters()).device)
+    device = getattr(model, "device", None) or next(model.parameters()).device
+    router = Router(subject, device)
     pools = {name: subject.pool(layer, adapters_per_layer[name]) for name, layer in layers.items()}  # type: ignore[misc]
     for name, layer in layers.items():
         replace(model, name, Routed(layer, pools[name], router))

@@ -1,4 +1,4 @@
-"""`Shapes`: the sizes of a Llama-like decoder, from which its memory, FLOPs and traffic follow; nothing is built."""
+"""`Shapes`: sizes of a Llama-like decoder or one layer, from which memory, FLOPs, traffic follow; nothing is built."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_bench.models.build import check_model
-from lora_bench.models.presets import PRESETS
+from lora_bench.models.presets import PRESETS, SINGLE, widths
 
 ARCHITECTURES = ("llama", "mistral", "qwen2")
 """The `model_type`s that are built alike: attention of q, k, v and o, a gated MLP, an RMSNorm before each."""
@@ -18,8 +18,66 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 _KV_HEADS = {"mistral": 8, "qwen2": 32}  # where a configuration says nothing; Llama's are as many as the query heads
 
 
+class Linears:
+    """Linear layers, `layers` times those of `linears`, and what follows for their adapters."""
+
+    layers: int
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(d_in, d_out) of each linear layer, by the end of its name."""
+        raise NotImplementedError
+
+    @property
+    def tensors(self) -> list[tuple[int, int]]:
+        """How many parameter tensors there are of each kind, and of how many values; tied ones once."""
+        raise NotImplementedError
+
+    @property
+    def parameters(self) -> int:
+        """How many there are, tied ones once."""
+        return sum(count * values for count, values in self.tensors)
+
+    def lora_tensors(self, rank: int, targets: Sequence[str]) -> list[tuple[int, int]]:
+        """As `tensors`, of A (r, d_in) and B (d_out, r) over every target; ValueError as `check_targets` raises it."""
+        self.check_targets(targets)
+        return [(self.layers, rank * width) for name in targets for width in self.linears[name]]
+
+    def lora_parameters(self, rank: int, targets: Sequence[str]) -> int:
+        """r (d_in + d_out) summed over every target (Hu et al. 2021, arXiv 2106.09685, section 4.1)."""
+        return sum(count * values for count, values in self.lora_tensors(rank, targets))
+
+    def check_targets(self, targets: Sequence[str]) -> None:
+        """Raise ValueError for targets that are none, that come twice or that no linear layer has as its name."""
+        known = ", ".join(self.linears)
+        if not targets:
+            raise ValueError(f"targets must name at least one of {known}")
+        for name in targets:
+            if name not in self.linears:
+                raise ValueError(f"a target is one of {known}, got {name!r}")
+            if targets.count(name) > 1:
+                raise ValueError(f"every target must be named once, got {name!r} {targets.count(name)} times")
+
+
 @dataclass(frozen=True)
-class Shapes:
+class LayerShapes(Linears):
+    """Sizes of a single layer in the place of a model."""
+
+    d_in: int
+    d_out: int
+    layers: int = 1
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        return {SINGLE: (self.d_in, self.d_out)}
+
+    @property
+    def tensors(self) -> list[tuple[int, int]]:
+        return [(1, self.d_in * self.d_out)]
+
+
+@dataclass(frozen=True)
+class Shapes(Linears):
     """Sizes of one decoder, named as in transformers' configurations.
 
     `heads` are the query heads, each of `head_dim`; every key-value head serves heads / kv_heads of them. `biased`
@@ -87,40 +145,17 @@ class Shapes:
         biases = [(self.layers, self.linears[name][1]) for name in self.biased]
         return [(embeddings, self.vocabulary * self.hidden), *linears, *biases, (self.norms, self.hidden)]
 
-    @property
-    def parameters(self) -> int:
-        """How many the model has, tied ones once."""
-        return sum(count * values for count, values in self.tensors)
 
-    def lora_tensors(self, rank: int, targets: Sequence[str]) -> list[tuple[int, int]]:
-        """As `tensors`, of A (r, d_in) and B (d_out, r) over every target; ValueError as `check_targets` raises it."""
-        self.check_targets(targets)
-        return [(self.layers, rank * width) for name in targets for width in self.linears[name]]
-
-    def lora_parameters(self, rank: int, targets: Sequence[str]) -> int:
-        """r (d_in + d_out) summed over every target (Hu et al. 2021, arXiv 2106.09685, section 4.1)."""
-        return sum(count * values for count, values in self.lora_tensors(rank, targets))
-
-    def check_targets(self, targets: Sequence[str]) -> None:
-        """Raise ValueError for targets that are none, that come twice or that no linear layer has as its name."""
-        known = ", ".join(self.linears)
-        if not targets:
-            raise ValueError(f"targets must name at least one of {known}")
-        for name in targets:
-            if name not in self.linears:
-                raise ValueError(f"a target is one of {known}, got {name!r}")
-            if targets.count(name) > 1:
-                raise ValueError(f"every target must be named once, got {name!r} {targets.count(name)} times")
-
-
-def shapes(model: str) -> Shapes:
-    """The shapes of a preset, or of the checkpoint folder whose config.json is read; weights are not looked at.
+def shapes(model: str) -> Shapes | LayerShapes:
+    """The shapes of a preset, a single layer, or the checkpoint folder whose config.json is read, and nothing else.
 
     Raises ValueError for a model that is neither, and for a configuration that is of another architecture, that lacks
     a size or that says something which the shapes do not: quantised weights, a sliding window.
     """
     if model in PRESETS:
         return _of_config(PRESETS[model])
+    if single := widths(model):
+        return LayerShapes(*single)
     path = Path(model) / "config.json"
     if not path.is_file():
         check_model(model)  # says what is wrong with it
