@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from lora_bench import __version__
-from lora_bench.commands import conform, doctor, estimate, fit, selftest
+from lora_bench.commands import ab, calibrate, conform, doctor, estimate, fit, promote, report, selftest
 from lora_bench.commands.arguments import USAGE
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"lora-bench {__version__}")
     verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
-    for command in (conform, selftest, estimate, fit, doctor):
+    for command in (conform, selftest, ab, calibrate, promote, estimate, fit, doctor, report):
         command.declare(verbs)
     options = parser.parse_args(arguments)
     try:

@@ -15,6 +15,7 @@ import pytest
 from lora_bench.bench.matrix import MATRICES, Matrix
 from lora_bench.bench.workload import POPULARITIES, TARGET_SETS
 from lora_bench.case import DTYPES
+from lora_bench.models.presets import widths
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,7 +60,11 @@ def declare(parser: pytest.Parser) -> None:
         help="implementation under test: a name, module:attr or path.py:ATTR; repeatable (default: those of the suite)",
     )
     group.addoption("--lora-device", default="auto", help="auto, cpu, cuda or cuda:N (default: CUDA if there is one)")
-    group.addoption("--lora-model", help="a preset's name or a checkpoint's directory (default: tiny on a CPU)")
+    group.addoption(
+        "--lora-model",
+        help="a preset's name, a single layer as linear-D_INxD_OUT, or a checkpoint's directory "
+        "(default: tiny on a CPU, llama-3.2-1b on a GPU)",
+    )
     group.addoption("--lora-dtype", help=f"{', '.join(DTYPES)} (default: fp32 on a CPU, bf16 on a GPU)")
     group.addoption(
         "--lora-matrix",
@@ -93,7 +98,17 @@ def declare(parser: pytest.Parser) -> None:
         help="seconds after which a case of a check hangs (default: 60), or a row of a benchmark (600); 0: never",
     )
     group.addoption("--lora-resume", metavar="RUN", help="go on with a run that was cut off: its id, or its .jsonl")
-    group.addoption("--lora-baseline", metavar="FILE", help="a JSON of --benchmark-json to compare with")
+    group.addoption(
+        "--lora-baseline",
+        metavar="PLACE",
+        help="compare with an earlier run: its .jsonl or --benchmark-json, or a folder of lora-bench promote",
+    )
+    group.addoption(
+        "--lora-on-inconclusive",
+        choices=("fail", "warn"),
+        default="fail",
+        help="what cannot be told beside the baseline: exit with 6 (default), or with 0 if anything passed",
+    )
 
 
 def check(config: pytest.Config) -> None:
@@ -105,8 +120,12 @@ def check(config: pytest.Config) -> None:
     _check_values(option)
     if option.lora_model is not None:
         or_usage_error(_check_model, option.lora_model)
+        if option.lora_targets != "all" and widths(option.lora_model):
+            raise pytest.UsageError(
+                f"--lora-targets must be all for {option.lora_model}, which is one layer, got {option.lora_targets!r}"
+            )
     if option.lora_device != "auto":
-        or_usage_error(_resolve_device, option.lora_device)
+        or_usage_error(resolve_device, option.lora_device)
     for text in option.lora_subject or ():
         or_usage_error(_find_subject, text)
     if option.benchmark:
@@ -161,6 +180,11 @@ def _check_benchmark(config: pytest.Config) -> None:
         raise pytest.UsageError("--benchmark needs pytest-benchmark, which is not installed or switched off")
     if getattr(option, "dist", "no") != "no" or os.environ.get("PYTEST_XDIST_WORKER"):
         raise pytest.UsageError("--benchmark cannot measure under xdist: the workers would disturb each other; drop -n")
+    if getattr(option, "benchmark_compare_fail", None):
+        raise pytest.UsageError(
+            "--benchmark-compare-fail compares times with whatever was saved last, on whatever machine: "
+            "use --lora-baseline"
+        )
     for name in ("disable", "skip", "only", "cprofile"):
         if getattr(option, f"benchmark_{name}", None):
             raise pytest.UsageError(
@@ -205,7 +229,8 @@ def _find_subject(text: str) -> None:
         subjects.find(text)
 
 
-def _resolve_device(text: str) -> str:
+def resolve_device(text: str) -> str:
+    """The device that --lora-device means; ValueError for one that is not there."""
     import torch
 
     kind, _, index = text.partition(":")
@@ -222,7 +247,7 @@ def settings(config: pytest.Config) -> Settings:
     """The options resolved for the device; imports torch."""
     if SETTINGS not in config.stash:
         option = config.option
-        device = _resolve_device(option.lora_device)
+        device = resolve_device(option.lora_device)
         defaults: dict[str, Any] = DEFAULTS[device.partition(":")[0]]
         chosen = {name: getattr(option, f"lora_{name}") or default for name, default in defaults.items()}
         subjects = tuple(dict.fromkeys(option.lora_subject or DEFAULT_SUBJECTS))

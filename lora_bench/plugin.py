@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lora_bench import options
+from lora_bench import ending, options
 from lora_bench.bench import matrix
 from lora_bench.bench.workload import BASE, Row
 from lora_bench.gate import baseline
+from lora_bench.report import github
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
     from lora_bench.bench.scenario import Scenario, Workshop
     from lora_bench.bench.session import Session
@@ -27,9 +28,13 @@ EXIT_LOST = 7
 """The device was lost: what had been measured is kept."""
 WORKSHOP: pytest.StashKey[Workshop] = pytest.StashKey()
 SESSION: pytest.StashKey[Session] = pytest.StashKey()
-BASELINE = pytest.StashKey[dict[Row, dict[str, Any]]]()
-COMPARED = pytest.StashKey[list[baseline.Line]]()
+SCREEN = pytest.StashKey[ending.Screen]()
+REPORTED = pytest.StashKey[list[str]]()
+"""Lines on the reports of a run that has ended, and for GitHub."""
 JUDGED = pytest.StashKey[list[Any]]()
+REACHED = pytest.StashKey[bool]()
+"""Of some subject a row was measured or checked."""
+SKIPPED = "lora-bench: rows of subjects were asked for, and none of them was measured or checked"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,7 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.benchmark_quiet |= config.get_verbosity() <= 0 and not config.option.benchmark_compare
         config.option.benchmark_save_data = True
     if config.option.lora_baseline is not None:
-        config.stash[BASELINE] = options.or_usage_error(baseline.load, Path(config.option.lora_baseline))
+        config.stash[SCREEN] = ending.Screen(Path(config.option.lora_baseline))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -84,11 +89,27 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    judged = _judged(item)
-    if judged is not None and judged.verdict is not None and "lora_verdict" not in dict(item.user_properties):
-        item.user_properties += judged.verdict.properties()
-    return (yield)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    if "lora_verdict" not in dict(item.user_properties):
+        item.user_properties += _properties(item)
+    report: pytest.TestReport = yield
+    if report.when == "call" and not report.skipped and _of_subject(item):
+        item.config.stash[REACHED] = True
+    return report
+
+
+def _of_subject(item: pytest.Item) -> bool:
+    return (row := _row_of(item)) is not None and row.subject != BASE
+
+
+def _properties(item: pytest.Item) -> list[tuple[str, object]]:
+    """What is known by now of the check or the row that a test is about."""
+    if (judged := _judged(item)) is not None:
+        return judged.verdict.properties() if judged.verdict is not None else []
+    run, row = item.config.stash.get(SESSION, None), _row_of(item)
+    if run is None or row is None or row not in run.results or run.results[row].pending:
+        return []
+    return ending.properties(run, row, item.config.stash.get(SCREEN, None))
 
 
 def _judged(item: pytest.Item) -> Any:
@@ -170,6 +191,8 @@ def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
     lines = [f"lora-bench: {what} batch={chosen.batch} sequence={chosen.sequence} {chosen.matrix}"]
     if chosen.device == "cpu" and config.option.lora_device == "auto":
         lines.append("lora-bench: no CUDA device: a small model on the CPU; nothing here speaks of a GPU")
+    if (screen := config.stash.get(SCREEN, None)) is not None and config.option.benchmark:
+        lines += [f"lora-bench: {line}" for line in screen.shelf.trouble]
     return lines
 
 
@@ -183,11 +206,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"records: {session.records.path}")
         if session.records.unwritten:
             terminalreporter.write_line(f"they are not whole: {session.records.unwritten}", red=True)
-    if COMPARED in config.stash:
+    if (screen := config.stash.get(SCREEN, None)) is not None and not config.option.collectonly:
         terminalreporter.section(f"against {config.option.lora_baseline}")
-        for line in config.stash[COMPARED]:
+        for line in screen.lines:
             terminalreporter.write_line(str(line))
-        terminalreporter.write_line(baseline.closing(config.stash[COMPARED]))
+        terminalreporter.write_line(baseline.closing(screen.lines))
+        if screen.changed:
+            terminalreporter.write_line(f"also changed: {'; '.join(screen.changed)}")
+        if loose := _loose(config):
+            terminalreporter.write_line(f"WARNING: {loose}", yellow=True, bold=True)
+    for told in config.stash.get(REPORTED, []):
+        terminalreporter.ensure_newline()
+        terminalreporter.write_line(told)
     if verdicts := config.stash.get(JUDGED, None):
         from lora_bench.conformance import summary
 
@@ -199,16 +229,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     stash, option = session.config.stash, session.config.option
     if option.collectonly:
         return
-    exits = [_conclude(session)]
-    if BASELINE in stash:
-        infos: dict[Row, dict[str, Any]] = {}
-        if (run := stash.get(SESSION, None)) is not None:
-            # Of planned rows only, as in the baseline's own file: a base that stands in for no test is in neither.
-            results = [run.results[row] for row in run.planned if row in run.results]
-            infos = {result.row: run.extra_info(result) for result in results if result.measured}
-        stash[COMPARED] = baseline.compare(infos, stash[BASELINE])
-        exits.append(baseline.exit_code(stash[COMPARED]))
-    if (run := stash.get(SESSION, None)) is not None:
+    run, screen, exits = stash.get(SESSION, None), stash.get(SCREEN, None), [_conclude(session)]
+    nobody = REACHED not in stash and any(map(_of_subject, session.items))
+    told = [SKIPPED] if nobody and session.exitstatus == pytest.ExitCode.OK else []
+    exits.append(baseline.EXIT_INCONCLUSIVE if told else 0)
+    if screen is not None:
+        lenient = option.lora_on_inconclusive == "warn"
+        exits.append(baseline.exit_code(screen.judge(run), lenient=lenient))
+    if run is not None:
         exits.append(baseline.EXIT_REGRESSION if run.records.unwritten else 0)
         exits.append(baseline.EXIT_INCONCLUSIVE if run.differs else 0)
         reached = [run.results[row] for row in run.planned if row in run.results]
@@ -220,6 +248,28 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.exitstatus = (
             baseline.EXIT_REGRESSION if baseline.EXIT_REGRESSION in exits else baseline.EXIT_INCONCLUSIVE
         )
+    stash[REPORTED] = told + _report(session.config)
+
+
+def _report(config: pytest.Config) -> list[str]:
+    """Write the reports of a measured run; lines on them."""
+    run, screen = config.stash.get(SESSION, None), config.stash.get(SCREEN, None)
+    told = ending.write_reports(run.records.path) if run is not None and run.results else []
+    if github.active() and (run is not None or screen is not None):
+        told += ending.tell_github(run, screen.lines if screen else [], _loose(config))
+    return told
+
+
+def _loose(config: pytest.Config) -> str:
+    """What is to be said loudly where verdicts that are no pass did not count."""
+    screen = config.stash.get(SCREEN, None)
+    if screen is None or config.option.lora_on_inconclusive != "warn":
+        return ""
+    strict = baseline.exit_code(screen.lines)
+    if strict != baseline.EXIT_INCONCLUSIVE or baseline.exit_code(screen.lines, lenient=True) == strict:
+        return ""
+    others = [line for line in screen.lines if line.verdict in (baseline.INCONCLUSIVE, baseline.NOT_COMPARABLE)]
+    return ending.LOOSE.format(len(others), len(screen.lines))
 
 
 def _conclude(session: pytest.Session) -> int:

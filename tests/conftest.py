@@ -22,3 +22,4 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile(chosen)
     # A pytest that is run inside a test is no worker of the one outside, and may measure.
     os.environ.pop("PYTEST_XDIST_WORKER", None)
+    os.environ.pop("GITHUB_ACTIONS", None)  # nor has it a step of a workflow to write to

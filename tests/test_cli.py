@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from lora_bench import REFERENCE, Case, __version__
 from lora_bench.__main__ import main
 from lora_bench.adapter import read
+from lora_bench.commands.arguments import writable
 from lora_bench.commands.conform import exit_code
 from lora_bench.conformance import CHECKS, Verdict, docket, find_check
 from lora_bench.conformance.zoo import SPECIMENS
@@ -124,6 +126,21 @@ def test_a_folder_that_cannot_be_written_to_is_said_before_anything_is_judged(
     )
 
 
+def test_two_processes_may_try_a_folder_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove = Path.unlink
+
+    def with_another(tried: Path, missing_ok: bool = False) -> None:
+        with monkeypatch.context() as other:
+            other.setattr(Path, "unlink", remove)
+            other.setattr(os, "getpid", lambda: -1)
+            writable(str(tmp_path))
+        remove(tried, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", with_another)
+    assert writable(str(tmp_path)) == tmp_path
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("option", "sentence"),
     [
@@ -131,6 +148,7 @@ def test_a_folder_that_cannot_be_written_to_is_said_before_anything_is_judged(
         ("--lora-examples many", "argument --lora-examples: invalid int value: 'many'"),
         ("--lora-timeout -1", "argument --lora-timeout: must be at least 0, got -1"),
         ("--lora-timeout nan", "argument --lora-timeout: must be at least 0, got nan"),
+        ("--lora-timeout inf", "argument --lora-timeout: must be finite, got inf"),
     ],
 )
 def test_a_wrong_number_is_said(option: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

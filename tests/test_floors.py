@@ -25,13 +25,14 @@ FLOORS = (
     {"bench", "claims", "conformance"},
     {"gate"},
     {"options", "report"},
+    {"ending"},
     {"commands", "plugin"},
     {"__main__"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # What any room may import; everything else is under test, and imported only by `subjects`.
 TOOLS = {"_pytest", "hypothesis", "pytest", "pytest_benchmark", "rich", "psutil", "pynvml", "safetensors"}
-TOOLS |= {"numpy", "scipy", "torch", "transformers"}
+TOOLS |= {"jinja2", "markupsafe", "numpy", "scipy", "torch", "transformers"}
 FILES = sorted(HOUSE.rglob("*.py"))
 
 

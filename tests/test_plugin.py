@@ -136,5 +136,17 @@ def test_a_shipped_subject_that_is_not_installed_is_a_skip_that_says_what_to_ins
     found = run("suites/gpu/test_separate.py", *SMALL, "-k", "decode", "--lora-subject=loralib")
     (skipped,) = found.reports.values()
 
-    assert found.code == 0
+    assert found.code == 6
     assert "Skipped: loralib is not installed: pip install lora-bench[loralib]" in str(skipped.longrepr)
+
+
+def test_a_run_in_which_only_the_base_ran_judged_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subjects, "find_spec", lambda _: None)
+    asked = ("suites/gpu", *SMALL, "--lora-subject=loralib")
+    found = run(*asked, "-k", "separate and decode")
+
+    assert found.code == 6
+    assert found.outcomes == {"passed": 1, "skipped": 1}
+    assert "lora-bench: rows of subjects were asked for, and none of them was measured or checked" in found.text
+    found = run(*asked, "-k", "base and decode")
+    assert (found.code, "none of them" in found.text) == (0, False)

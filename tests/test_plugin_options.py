@@ -23,6 +23,10 @@ REFUSED = {
     "subject, no module": ("--lora-subject=absent.module:X", "'absent.module:X' cannot be loaded: ModuleNotFoundError"),
     "model, near": ("--lora-model=mikro", "no model is called 'mikro' (nearest: micro)"),
     "model, no checkpoint": ("--lora-model=tests", "'tests' is no checkpoint: the directory has no config.json"),
+    "targets of a single layer": (
+        "--lora-targets=qv --lora-model=linear-8x16",
+        "--lora-targets must be all for linear-8x16, which is one layer, got 'qv'",
+    ),
     "rank": ("--lora-rank=0", "--lora-rank must be at least 1, got 0"),
     "rank, one of several": ("--lora-rank=8,0,4", "--lora-rank must be at least 1, got 0"),
     "adapters": ("--lora-adapters=0", "--lora-adapters must be at least 1, got 0"),
@@ -48,8 +52,6 @@ REFUSED = {
     "device, a CPU's index": ("--lora-device=cpu:0", "--lora-device must be auto, cpu, cuda or cuda:N, got 'cpu:0'"),
     "seconds": ("--benchmark --lora-seconds=0", "--lora-seconds must be above 0, got 0"),
     "seconds, no number": ("--benchmark --lora-seconds=nan", "--lora-seconds must be above 0, got nan"),
-    "baseline, missing": ("--benchmark --lora-baseline=absent.json", "there is no file absent.json"),
-    "baseline, other": ("--benchmark --lora-baseline=pyproject.toml", "pyproject.toml is no JSON of *: JSONDecode"),
     "baseline, unmeasured": ("--lora-baseline=absent.json", "--lora-baseline needs --benchmark"),
     "output is a file": (f"--benchmark --lora-output={PLANTED}", f"{UNWRITTEN}.py: File exists"),
     "output below a file": (f"--benchmark --lora-output={PLANTED}/x", f"{UNWRITTEN}.py/x: Not a directory"),
@@ -59,6 +61,10 @@ REFUSED = {
     "disabled": ("--benchmark --benchmark-disable", "drop --benchmark-disable"),
     "skipped": ("--benchmark --benchmark-skip", "drop --benchmark-skip"),
     "only": ("--benchmark --benchmark-only", "drop --benchmark-only"),
+    "compared by pytest-benchmark": (
+        "--benchmark --benchmark-compare-fail=mean:5%",
+        "--benchmark-compare-fail compares times with whatever was saved last, on whatever machine: use --lora-base",
+    ),
     "profiled": ("--benchmark --benchmark-cprofile=tottime", "drop --benchmark-cprofile"),
 }  # fmt: skip
 

@@ -65,15 +65,15 @@ def test_the_table_reads_as_written_here(tmp_path: Path) -> None:
         render(made)
         == """\
 decode: micro fp32, batch 2 x 8 tokens, device=cpu
-set-up    subject     r        n         ms                x base  tokens/s      bound  MiB  samples
-base                                  2 ±2%                     1     1,000  17% bytes  300        7
-merged    peft        4               wrong
-separate  reference   4               3 ±2%  1.500 [1.470, 1.530]       667  12% bytes  300        7
-separate  reference  64             3.5 ±2%  1.750 [1.715, 1.785]       571  25% bytes  300        7
-separate  peft        4           12500 ±2%  2.500 [2.450, 2.550]         0   0% bytes  n/a        7
-batched   reference   4        3       3.28     1.640 [-inf, inf]       610  12% bytes  300        2
-batched   reference  64  32 zipf      4 ±2%  2.000 [1.960, 2.040]       500  35% bytes  300        7
-four_bit  peft        4               2 ±2%               no base     1,000   6% bytes  n/a        7
+set-up    subject     r    n         ms                x base  tokens/s      bound  MiB  samples
+base                              2 ±2%                     1     1,000  17% bytes  300        7
+merged    peft        4                                 wrong
+separate  reference   4           3 ±2%  1.500 [1.470, 1.530]       667  12% bytes  300        7
+separate  reference  64         3.5 ±2%  1.750 [1.715, 1.785]       571  25% bytes  300        7
+separate  peft        4       12500 ±2%  2.500 [2.450, 2.550]         0   0% bytes  n/a        7
+batched   reference   4    3       3.28     1.640 [-inf, inf]       610  12% bytes  300        2
+batched   reference  64  32z      4 ±2%  2.000 [1.960, 2.040]       500  35% bytes  300        7
+four_bit  peft        4           2 ±2%               no base     1,000   6% bytes  n/a        7
 
 switch: micro fp32, to other adapters, device=cpu
 set-up    subject    r  n     ms                x base  tokens/s  bound  MiB  samples
@@ -87,7 +87,10 @@ separate  peft     4     4 ±2%  2.000 [1.960, 2.040]     4,000  31% bytes  300 
 device=cpu (A Processor); medians with 95 % intervals; x base: median of the ratios of samples taken
 in the same round; n: adapters that a mixed batch asks for; samples: those that count / all; bound:
 the least time that 10 GFLOP/s (fp32) and 1.0 GB/s allow, as a share of this one; MiB: resident set
-peak in a process of its own."""
+peak in a process of its own; z: zipf popularity.
+
+Subjects ranked, times the fastest (=: a tie, the interval of the ratio holds 1):
+- decode, separate r4: 1 reference, peft not timed in the rounds of the others"""
     )
 
 
@@ -102,6 +105,64 @@ def test_a_gpu_s_table_names_the_device_and_the_allocator_s_peak(tmp_path: Path)
     assert text.splitlines()[2].split()[-2:] == ["4", "7"]
     assert "device=cuda:1 (A GPU); medians" in text
     assert " ".join(text.split()).endswith("MiB: torch allocated peak in a process of its own.")
+
+
+def looked(of: Result, **launches: Any) -> Result:
+    of.launches = launches
+    return of
+
+
+def test_what_a_gpu_told_beside_the_hot_samples_has_a_table_of_its_own(tmp_path: Path) -> None:
+    reason = "unavailable (it cannot be captured: RuntimeError: a copy)"
+    text = render(
+        session(
+            tmp_path,
+            looked(result(BASE_ROW, 2e-3), graph_seconds=[1e-3, 3e-3, 9e-3], cold_seconds=[4e-3], launch_share=0.25),
+            looked(result(row("one", "merged"), 2e-3), graph_seconds=reason, cold_seconds=[5e-3], launch_share=0.75),
+            result(row("two", "merged"), 2e-3),
+            device="cuda:0",
+            name="A GPU",
+        )
+    )
+
+    assert (
+        """\
+decode in detail, medians in ms
+set-up  subject  r  n     ms  graph  cold  launch share
+base                   2 ±2%      3     4           25%
+merged  one      4     2 ±2%    n/a     5           75%
+
+device=cuda:0"""
+        in text
+    )
+    assert [line.split()[-3] for line in text.splitlines()[2:5]] == ["bytes", "launches", "bytes"]
+    assert "graph: replays of a CUDA graph, ms;" in " ".join(text.split())
+
+
+def test_a_column_of_reasons_alone_is_none(tmp_path: Path) -> None:
+    told = looked(result(BASE_ROW, 2e-3), graph_seconds="unavailable (only decoding is captured)")
+
+    assert "in detail" not in render(session(tmp_path, told))
+
+
+def test_the_parts_of_a_switch_are_medians_of_the_rounds_that_count(tmp_path: Path) -> None:
+    switched = result(row("peft", "merged", phase="switch"), 9e-3, [1.0] * 12)
+    switched.parts = {"evict": [1e-3] * 11 + [7.0], "load": [2e-3] * 5 + [7.0] * 6 + [2e-3], "merge": [3e-3] * 12}
+    switched.samples.interrupted[5] = True
+    pool = result(row("a/very/long/name/of/a/subject", "batched", phase="switch", adapters=32), 1.0)
+    pool.parts = {"evict": [1e-5] * 7, "pool": [0.99999] * 7}
+    text = render(session(tmp_path, switched, pool))
+
+    assert (
+        """\
+switch in detail, medians in ms
+set-up   subject  r   n        ms  evict  load  merge  pool
+merged   peft     4         9 ±0%      1     2      3
+batched  subject  4  32  1000 ±2%   0.01               1000
+"""
+        in text
+    )
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_without_any_memory_the_table_says_so(tmp_path: Path) -> None:
@@ -164,7 +225,43 @@ def test_no_line_is_wider_than_a_terminal_nor_ends_in_spaces(tmp_path: Path) -> 
 
     assert max(map(len, lines)) <= 100
     assert lines == [line.rstrip() for line in lines]
-    # Folded, never cut: the end of the text tells two subjects of one file apart.
-    (first,) = (number for number, line in enumerate(lines) if line.startswith("separate"))
-    pieces = [line[len("separate  ") :].split(" ")[0] for line in lines[first : lines.index("", first)]]
-    assert "".join(pieces) == long.subject
+    (line,) = (line for line in lines if line.startswith("separate"))
+    assert line.split()[1] == "somebody.py:SUBJECT"
+    assert lines[-2:] == ["Subjects:", f"- somebody.py:SUBJECT: {long.subject}"]
+
+
+def test_two_long_names_with_one_last_part_are_folded_and_never_cut(tmp_path: Path) -> None:
+    long = [
+        row(f"/a/rather/long/path/to/the/{which}/implementation.py:SUBJECT", "separate") for which in ("one", "two")
+    ]
+    results = [result(of, 2e-3, rank=4) for of in long]
+    lines = render(session(tmp_path, *results)).splitlines()
+
+    assert max(map(len, lines)) <= 100
+    rows = [number for number, line in enumerate(lines) if line.startswith("separate")]
+    for of, first, after in zip(long, rows, [rows[1], lines.index("", rows[1])], strict=True):
+        begin = lines[1].index("subject")
+        assert "".join(line[begin:].split(" ")[0] for line in lines[first:after]) == of.subject
+
+
+def test_a_row_that_was_not_measured_makes_no_name_fold(tmp_path: Path) -> None:
+    rows = [row(subject, "separate", adapters=1, rank=64) for subject in ("reference-of-ours", "peft")]
+    mixed = row("peft", "batched", rank=64, adapters=32, popularity="identical")
+    lines = render(
+        session(tmp_path, result(BASE_ROW, 2e-3), *map(Result, rows), result(mixed, 12.5, base=5.0))
+    ).splitlines()
+
+    assert [line.split()[1] for line in lines if line.startswith("separate")] == ["reference-of-ours", "peft"]
+    assert sum("not measured" in line for line in lines[:6]) == 2
+    assert max(map(len, lines)) <= 100
+
+
+def test_joules_have_a_column_where_they_were_measured(tmp_path: Path) -> None:
+    with_joules = result(BASE_ROW, 2e-3)
+    with_joules.energy = {"joules_per_token": 0.01234, "validity": "verified"}
+    unsure = result(row("peft", "merged"), 2e-3)
+    unsure.energy = {"joules_per_token": 5.0, "validity": "unverified: no power"}
+    lines = render(session(tmp_path, with_joules, unsure)).splitlines()
+
+    assert lines[1].split()[-2:] == ["J/token", "samples"]
+    assert [line.split()[-2] for line in lines[2:4]] == ["0.0123", "5?"]

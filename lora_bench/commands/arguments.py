@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,8 +26,9 @@ def writable(folder: str) -> Path:
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        (path / ".writable").touch()
-        (path / ".writable").unlink()
+        tried = path / f".writable-{os.getpid()}"  # another process may be trying too
+        tried.touch()
+        tried.unlink()
     except OSError as error:
         raise ValueError(
             f"--lora-output: wanted a folder that can be written, got {folder}: {error.strerror}"
@@ -34,12 +37,14 @@ def writable(folder: str) -> Path:
 
 
 def at_least(least: int, number: type[int | float]) -> Callable[[str], float]:
-    """An option's type: a number that is not smaller."""
+    """An option's type: a finite number that is not smaller."""
 
     def read(text: str) -> float:
         value = number(text)
         if not value >= least:
             raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        if value == math.inf:
+            raise argparse.ArgumentTypeError(f"must be finite, got {text}")
         return value
 
     read.__name__ = number.__name__  # argparse names it where the text is no number

@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from lora_bench.bench.workload import SETUPS
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -18,10 +20,26 @@ CLIFF = 1.25
 def advice(results: Iterable[Result]) -> list[str]:
     """A sentence for each subject and rank that can be said something about, by the medians of a run."""
     measured = [result for result in results if result.measured]
-    return [*_break_even(measured), *_cliffs(measured)]
+    return [*break_even(measured), *cliffs(measured)]
 
 
-def _break_even(results: list[Result]) -> Iterator[str]:
+def choices(results: Iterable[Result]) -> Iterator[str]:
+    """For each subject and rank, whether one adapter is better merged, by the ratios to base of a decode step."""
+    decoded: dict[tuple[str, int], dict[str, Result]] = {}
+    for result in results:
+        of = result.row.workload
+        if result.measured and result.ratio and of.phase == "decode" and of.setup in ("merged", "separate", "four_bit"):
+            decoded.setdefault((result.row.subject, of.rank), {})[of.setup] = result
+    for (subject, rank), setups in decoded.items():
+        ratios = {setup: result.ratio for setup, result in setups.items() if result.ratio}
+        if "merged" in ratios and "separate" in ratios:
+            gains = ratios["separate"].low > ratios["merged"].high
+            what = "merge it" if gains else "leave it beside the base: merging shows no gain"
+            told = ", ".join(f"{setup} {ratios[setup].median:.2f}" for setup in SETUPS if setup in ratios)
+            yield f"{subject} r{rank}, one adapter: {what} (a decode step over the base's: {told})"
+
+
+def break_even(results: list[Result]) -> Iterator[str]:
     """For how many adapters in one batch merging each in its turn is quicker than a mixed batch.
 
     Serving k of them merged takes k switches, one prefill of all rows in k parts, and for each token k steps, each as
@@ -69,7 +87,7 @@ def _other(results: list[Result], like: Result, setup: str, phase: str) -> Resul
     return next(found, None)
 
 
-def _cliffs(results: list[Result]) -> Iterator[str]:
+def cliffs(results: list[Result]) -> Iterator[str]:
     """Where one more step on the way to more adapters, or to a higher rank, makes a mixed batch much slower."""
     for name in ("adapters", "rank"):
         rows: dict[tuple[object, ...], list[Result]] = {}
