@@ -88,7 +88,8 @@ def write_reports(path: Path) -> list[str]:
             written.append(end)
         except Exception as error:  # noqa: BLE001  # likewise
             failed.append(f"no {target.name}: {type(error).__name__}: {error}")
-    beside = [f"reports: {path.with_suffix('')}.{{{','.join(written)}}}"] if written else []
+    ends = f"{{{','.join(written)}}}" if len(written) > 1 else "".join(written)
+    beside = [f"reports: {path.with_suffix('')}.{ends}"] if written else []
     return beside + failed
 
 

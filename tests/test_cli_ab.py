@@ -112,11 +112,12 @@ def test_what_was_compared_and_cannot_be_told_is_a_matter_of_choice(what: str, c
     assert run("--lora-on-inconclusive", what) == code
 
 
-def test_a_page_lies_beside_the_records() -> None:
+def test_a_page_lies_beside_the_records(capsys: pytest.CaptureFixture[str]) -> None:
     ScriptedServer.seconds["head"] = 1.1
     run()
 
     (page,) = Path(".lora_bench").glob("*.html")
+    assert f"reports: {page}\n" in capsys.readouterr().out
     assert "slower, and again with fresh pairs" in page.read_text()
 
 
