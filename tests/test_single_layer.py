@@ -9,6 +9,7 @@ from lora_bench.bench import measure
 from lora_bench.bench.arm import make_step
 from lora_bench.bench.memory import saved_tensor_bytes
 from lora_bench.bench.proof import Wrong
+from lora_bench.bench.scenario import reason_to_skip
 from lora_bench.bench.workload import BASE, Row
 from lora_bench.subject import Subject
 from tests.micro_rows import row
@@ -30,6 +31,8 @@ def of_layer(subject: str, setup: str, phase: str) -> Row:
 @pytest.mark.parametrize("name", ["reference", "peft"])
 def test_it_is_proven_and_run(name: str, setup: str, phase: str) -> None:
     own = of_layer(name, setup, phase)
+    if reason := reason_to_skip(own, "cpu"):
+        pytest.skip(reason)
     base = measure.build_base(own, "cpu")
     subject, arm = measure.build(base, own)
     step, proof = measure.ready_row(own, subject, arm)
