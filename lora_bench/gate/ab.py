@@ -156,7 +156,7 @@ def compare(
 def order(number: int) -> tuple[str, ...]:
     """In which order a pair's processes are started: all six in turn, each followed by its reverse.
 
-    The one that started last has been seen to be 2 % quicker than the one that started first: no side may always be.
+    The one that started last has been seen to be quicker than the one that started first: no side may always be.
     """
     return ORDERS[number % len(ORDERS)]
 
