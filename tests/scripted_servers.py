@@ -26,7 +26,7 @@ class ScriptedWorker:
         return self.seconds, False
 
     def do(self, what: str) -> dict[str, Any]:
-        return {"done": what, "throttled": False if what == "end" else None}
+        return {"done": what, "throttled": ScriptedServer.throttled if what == "end" else None}
 
     def close(self) -> None:
         STARTED.append(f"{self.side} closed")
@@ -41,6 +41,7 @@ class ScriptedServer:
     seconds: dict[str, float]
     faults: dict[tuple[str, str], Broken]
     once = False
+    throttled = False
 
     def __init__(self, side: str, *_command: object) -> None:
         self.side = side

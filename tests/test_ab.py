@@ -136,6 +136,16 @@ def test_a_calibration_takes_as_many_pairs_as_are_wanted() -> None:
     assert len(duel.pairs) == 20
 
 
+def test_a_calibration_of_a_throttled_device_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ScriptedServer, "throttled", True)
+    duel, side = Duel(DECODE, Comparison(), wanted=20), here("reference")
+
+    compare(side, side, [duel], "cpu", pair_seconds=1.0, hear=lambda _: None)
+
+    assert duel.pairs == []
+    assert duel.because == "8 pairs were throttled"
+
+
 def test_its_record_gives_the_comparison_back() -> None:
     ScriptedServer.seconds["head"] = 1.1
     (duel,), _ = run(DECODE)

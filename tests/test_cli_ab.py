@@ -106,10 +106,13 @@ def test_what_cannot_be_meant_is_said_before_any_work(
 
 
 @pytest.mark.parametrize(("what", "code"), [("fail", 6), ("warn", 0)])
-def test_what_was_compared_and_cannot_be_told_is_a_matter_of_choice(what: str, code: int) -> None:
+def test_what_was_compared_and_cannot_be_told_is_a_matter_of_choice(
+    what: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     ScriptedServer.seconds["control"] = 1.1
 
     assert run("--lora-on-inconclusive", what) == code
+    assert ("WARNING: --lora-on-inconclusive=warn lets this run pass" in capsys.readouterr().err) == (code == 0)
 
 
 def test_a_page_lies_beside_the_records(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from lora_bench.gate.experiment import ARMS, EQUAL, TAIL_ARM, rates, table
+from lora_bench.gate.experiment import ARMS, EQUAL, TAIL_ARM, main, rates, table
 from lora_bench.gate.pair import LOCATION
 from lora_bench.gate.verdict import FAIL, INCONCLUSIVE, PASS, Comparison
 
@@ -137,6 +137,26 @@ def test_other_gates_do_worse_on_the_same_samples(trials: list[dict[str, Any]]) 
     for gate in {gate for gate in counted[EQUAL] if not gate.startswith("lora-bench")}:
         (alarms, equals), (found, slower) = counted[EQUAL][gate], counted["+3 %"][gate]
         assert alarms / equals > 0.01 or found / slower < 0.90, gate
+
+
+def test_what_the_file_holds_is_told_without_a_trial(
+    trials: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("scipy", reason="scipy is not installed")
+    path = tmp_path / "trials.jsonl"
+    path.write_text("".join(json.dumps(trial) + "\n" for trial in trials[:3]))
+
+    main(["--trials", "3", "--effects", "1", "--output", str(path)])
+
+    firsts = [trial["arms"][EQUAL]["attempts"][0]["pairs"] for trial in trials[:3]]
+    assert f"equals: {Counter(map(len, firsts))[7]} after 7" in capsys.readouterr().out
+    assert len(path.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("wrong", [["--trials", "0"], ["--trials", "3", "--effects", "4"]])
+def test_trials_that_cannot_be_meant_are_refused(wrong: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(wrong)
 
 
 def test_the_table_tells_the_rates_with_their_intervals(trials: list[dict[str, Any]]) -> None:

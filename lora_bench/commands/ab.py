@@ -50,7 +50,7 @@ def declare(verbs: Verbs) -> None:
         "--lora-on-inconclusive",
         choices=("fail", "warn"),
         default="fail",
-        help="fail: exit 6 (default); warn: exit 0 if anything passed",
+        help="fail: exit 6 (default); warn: exit 0 where at least something was compared",
     )
     output_option(verb)
     verb.set_defaults(run=ab)
@@ -59,9 +59,10 @@ def declare(verbs: Verbs) -> None:
 def ab(options: argparse.Namespace) -> int:
     """Print each comparison as it grows, and the verdicts; keep every sample."""
     from lora_bench.bench.records import Records
+    from lora_bench.ending import LOOSE
     from lora_bench.gate.ab import Duel, compare
     from lora_bench.gate.environments import describe, same
-    from lora_bench.gate.verdict import Comparison
+    from lora_bench.gate.verdict import PASS, Comparison
     from lora_bench.report.duels import heard, told
 
     output = writable(options.lora_output)
@@ -103,7 +104,10 @@ def ab(options: argparse.Namespace) -> int:
     if records.unwritten:
         print(f"lora-bench ab: they are not whole: {records.unwritten}", file=sys.stderr)
         return FAILED
-    return exit_code(duels, options.lora_on_inconclusive)
+    code = exit_code(duels, options.lora_on_inconclusive)
+    if code == FINE and (open_ := sum(duel.verdict != PASS for duel in duels)):
+        print(f"lora-bench ab: WARNING: {LOOSE.format(open_, len(duels))}", file=sys.stderr)
+    return code
 
 
 def sides(options: argparse.Namespace, output: Path) -> tuple[Side, Side]:

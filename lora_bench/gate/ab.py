@@ -35,7 +35,7 @@ class Duel:
     `told`: what the sides' workers said of themselves; `broken`: what ended it early;
     `stumbled`: what went wrong once, and not again.
 
-    With `wanted` so many pairs are measured, whatever they show.
+    With `wanted` so many pairs are measured, whatever they show, unless the device is throttled too often.
     """
 
     workload: Workload
@@ -47,8 +47,9 @@ class Duel:
 
     @property
     def settled(self) -> bool:
-        enough = len(self.pairs) >= self.wanted if self.wanted else self.comparison.settled
-        return self.broken is not None or enough
+        if not self.wanted or any(attempt.throttled for attempt in self.comparison.attempts):
+            return self.broken is not None or self.comparison.settled
+        return self.broken is not None or len(self.pairs) >= self.wanted
 
     def stumble(self, broken: Broken) -> None:
         """Note a failure: the first that may be the machine's is let pass."""

@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,19 +40,29 @@ POOLED = 7
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the trials, each appended to a file as it ends, and print the table of what the file holds."""
+    """Run the trials that the file has not, each appended as it ends, and print the table of what it holds then."""
     parser = argparse.ArgumentParser(prog="python -m lora_bench.gate.experiment", description=__doc__)
     parser.add_argument("--trials", type=int, default=300, help="of the operation against itself (default: 300)")
     parser.add_argument("--effects", type=int, default=100, help="of them also with each effect (default: 100)")
     parser.add_argument("--output", type=Path, default=Path(".lora_bench/gate-trials.jsonl"))
     options = parser.parse_args(arguments)
+    if options.trials < 1:
+        parser.error(f"--trials must be at least 1, got {options.trials}")
     if not 0 <= options.effects <= options.trials:
         parser.error(f"--effects must be from 0 to --trials, {options.trials}, got {options.effects}")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     done = len(options.output.read_text().splitlines()) if options.output.exists() else 0
+    if done < options.trials:
+        run(options, done)
+    records = [json.loads(line) for line in options.output.read_text().splitlines()]
+    print(table(records))
+    print(closing(records))
+
+
+def run(options: argparse.Namespace, done: int) -> None:
+    """Make the trials that are still to be made."""
     started = time.monotonic()
-    environment = dict(os.environ)
-    with loaded(), Server("operation", [sys.executable, "-P"], environment) as server:
+    with loaded(), Server("operation", [sys.executable, "-P"], os.environ) as server:
         earlier: list[float] = []
         for number in range(done, options.trials):
             effects = (number + 1) * options.effects // options.trials > number * options.effects // options.trials
@@ -62,7 +73,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(
                     f"{number + 1} of {options.trials} trials, {(time.monotonic() - started) / 60:.0f} min", flush=True
                 )
-    print(table([json.loads(line) for line in options.output.read_text().splitlines()]))
 
 
 def trial(
@@ -167,6 +177,19 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
             cells.append(f"{100 * flagged / of:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]")
         lines.append(f"| {gate} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def closing(records: Sequence[Mapping[str, Any]]) -> str:
+    """After how many pairs comparisons of equals were over, how much equals differ, how many pairs were laid aside."""
+    equals = [record["arms"][EQUAL]["attempts"] for record in records]
+    ended = Counter(len(attempts[0]["pairs"]) for attempts in equals)
+    every = [attempt for record in records for arm in record["arms"].values() for attempt in arm["attempts"]]
+    aside, kept = sum(each["quarantined"] for each in every), sum(len(each["pairs"]) for each in every)
+    spread = statistics.pstdev(pair["control"] for attempts in equals for each in attempts for pair in each["pairs"])
+    told = ", ".join(f"{ended[count]} after {count}" for count in sorted(ended))
+    return (
+        f"equals: {told} pairs; log-ratios of base to itself: sd {spread:.4f}; pairs: {kept} kept, {aside} laid aside"
+    )
 
 
 BUSY = """import os, time
