@@ -205,6 +205,7 @@ def test_a_gpu_takes_all_roots_and_a_whole_weight_at_once() -> None:
 
     assert cpu.gradients == 4 * (parameters + 2 * 4096 * 512)
     assert cuda.gradients == 4 * 2 * parameters
+    assert cuda.optimiser == 4 * 2 * parameters  # the counts of its steps lie on the CPU
     reads = [budget(**SMALL | {"mode": "qlora", "phase": "decode", "device": device}) for device in ("cpu", "cuda")]
     assert reads[1].activations - reads[0].activations == 6 * (512 * 1408 - CHUNK)
 
@@ -275,6 +276,15 @@ def test_so_is_the_peak_around_a_single_layer(change: dict[str, Any]) -> None:
     assert memory.parameter_bytes(arm.model) == standing(found)
     assert peak == pytest.approx(found.activations - read * 384 * 4, rel=1e-3)  # x is there before the step
     assert not found.kv_cache
+
+
+@pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
+def test_so_is_the_peak_of_training_a_single_layer(mode: str) -> None:
+    choices = LAYER | {"mode": mode}
+    found = budget(**choices)
+
+    before = standing(found) + found.optimiser + 3 * 16 * (384 + 512) * 4  # x and dL/dy are there before the step
+    assert allocated_peak(prepared(choices)[1]) == pytest.approx(found.peak - before, rel=5e-3)
 
 
 def test_a_single_layer_has_no_checkpoints() -> None:

@@ -34,7 +34,7 @@ def test_every_line_shows_its_numbers_and_the_parts_add_up(capsys: pytest.Captur
     ]
     assert named["total, if all were there at once"] == [f"{found.total / 2**30:.3f}", "100.0%"]
     assert named["peak"][0] == f"{found.peak / 2**30:.3f}"
-    assert lines[-2].endswith("in the backward of the loss, before there are gradients")
+    assert lines[-2].endswith("as the backward begins, before there are gradients")
     assert lines[-1] == "context: measured per device, not estimated (give it with --context)"
     codes = next(line for line in lines if "4-bit codes" in line)
     assert codes.endswith("32 layers × 218,103,808 weights × 0.5 bytes")
@@ -44,10 +44,10 @@ def test_every_line_shows_its_numbers_and_the_parts_add_up(capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("arguments", "moment"),
     [
-        ("--mode full --batch 1 --sequence 8", "in the optimiser's step, when the activations are gone"),
+        ("--mode full --batch 1 --sequence 8", "when all gradients are there, and the activations gone"),
         ("--phase prefill", "in the forward"),
-        ("--dtype bf16", "in the backward of the loss, before there are gradients"),
-        ("--model linear-64x32", "in the backward, before there are gradients"),
+        ("--dtype bf16", "as the backward begins, before there are gradients"),
+        ("--model linear-64x32", "before the optimiser's step"),
     ],
 )
 def test_the_peak_says_when_it_is(arguments: str, moment: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,3 +164,4 @@ def test_sizes_are_read(text: str, count: int) -> None:
 
 def test_sizes_are_written() -> None:
     assert [readable(3 * 2**29), readable(2**20), readable(-(2**31))] == ["1.50 GiB", "1.00 MiB", "-2.00 GiB"]
+    assert [readable(350 * 2**20), readable(-(2**30) + 2**20)] == ["350.00 MiB", "-1023.00 MiB"]

@@ -212,13 +212,37 @@ def layer_saved(layer: LayerShapes, *, tokens: int, itemsize: int, rank: int, ad
     return [Term("x of the layer", rows | {"d_in": layer.d_in, "bytes": itemsize}), *between]
 
 
-def layer_passing(layer: LayerShapes, *, tokens: int, itemsize: int) -> list[Term]:
-    """What goes through a single layer beside what it saves: y and dL/dy, and dL/dx."""
-    out = {"tensors": 2, "tokens": tokens, "d_out": layer.d_out, "bytes": itemsize}
-    return [
-        Term("y and its gradient", out),
-        Term("gradient of x", {"tokens": tokens, "d_in": layer.d_in, "bytes": itemsize}),
-    ]
+def layer_passing(
+    layer: LayerShapes,
+    *,
+    tokens: int,
+    itemsize: int,
+    adapted: bool,
+    gradients: list[Term],
+    dequantising: list[Term],
+) -> tuple[list[Term], list[Term]]:
+    """The most that goes through a single layer beside what it saves; and what stays for the optimiser's step.
+
+    dL/dy is there from the beginning, as x is, and y until the backward has ended. The most is in the forward, where y,
+    the adapter's part and their sum are alive, or in the backward. With an adapter dL/dx has two parts that are added
+    up, and that of the base comes second, after the adapter's gradients; a 4-bit one makes it of a product and a copy.
+    """
+    rows, bytes_ = {"tokens": tokens}, {"bytes": itemsize}
+
+    def outputs(name: str, count: int) -> Term:
+        return Term(name, {"tensors": count} | rows | {"d_out": layer.d_out} | bytes_)
+
+    def inputs(name: str, count: int) -> Term:
+        return Term(name, {"tensors": count} | rows | {"d_in": layer.d_in} | bytes_)
+
+    both = outputs("y and its gradient", 2)
+    forward = [outputs("gradient of y", 1), outputs("y, the adapter's part and their sum", 3)] if adapted else [both]
+    rounded = [Term("weights, rounded", {**each.factors, "bytes": itemsize}) for each in dequantising[:1]]
+    name, count = ("gradient of x, and of its parts", 3) if adapted else ("gradient of x", 1)
+    backward = [both, *gradients, inputs(name, count), *rounded]
+    again = [both, *gradients, inputs("gradients of x, by adapter and base", 2), *dequantising] if dequantising else []
+    staying = [outputs("gradient of y", 1), inputs("x and its gradient", 2)]
+    return max(forward, backward, again, key=total_bytes), staying
 
 
 def layer_transient(

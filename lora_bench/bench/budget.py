@@ -1,8 +1,10 @@
 """`Budget`: the memory that training or running an adapted model takes, worked out and not measured.
 
 Every term is a product of sizes, read off transformers' Llama, our reference layers and torch's AdamW; no constant is
-fitted. What is left out: what an allocator rounds up and keeps, what libraries take beside torch's tensors (cuBLAS,
-oneDNN; on a CPU without bf16 instructions oneDNN makes float32 copies), and the context, where it is not given.
+fitted. PEFT takes more in 16 bits: its adapters are in float32, and so is the copy of x that each A saves.
+Left out are what an allocator rounds up and keeps, what libraries take beside torch's tensors (on a CPU without bf16
+instructions oneDNN makes float32 copies), and the context, where it is not given. Of these torch's CUDA allocator
+counts cuBLAS's workspaces, 8 MiB (on Hopper 32) for each thread that multiplies, of which the backward is one.
 Sources: Hu et al. 2021 (arXiv 2106.09685) for LoRA, Dettmers et al. 2023 (arXiv 2305.14314) for NF4 with double
 quantisation, Chen et al. 2016 (arXiv 1604.06174) for checkpointing.
 """
@@ -39,10 +41,10 @@ class Budget(NamedTuple):
     """Bytes by what they are for.
 
     weights: parameters and buffers of the model, 4-bit codes among them. quantisation_constants: the statistics of
-    NF4's blocks. adapters: every A and B. gradients: of what trains, and what the optimiser's step takes beside them.
-    optimiser: its state. activations: what is saved for backward; to infer, the most that is alive at once. kv_cache:
-    keys and values. workspace: the most that one operation of the backward takes beside. context: what the device's
-    driver keeps, as it was given.
+    NF4's blocks. adapters: every A and B. gradients: of what trains, and the most that the optimiser's step, or the end
+    of the backward, takes beside them. optimiser: its state. activations: what is saved for backward; to infer, the
+    most that is alive at once. kv_cache: keys and values. workspace: the most that one operation of the backward takes
+    beside what is still saved. context: what the device's driver keeps, as it was given.
     """
 
     weights: int
@@ -57,15 +59,19 @@ class Budget(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of it, which is never there at once: the activations go as the gradients come."""
+        """All of it, which is never there at once: the activations go as the gradients come.
+
+        Of a single layer what is there at both ends counts twice: x, and the gradients that go through it.
+        """
         return sum(self)
 
     @property
     def peak(self) -> int:
-        """The higher of two moments: the backward of the loss, and the optimiser's step.
+        """The higher of two moments: when the backward begins, and when all gradients are there.
 
-        In between there may be more where the vocabulary is small: the gradients of one layer's activations, while
-        its weights' gradients come and most activations are still there. The total bounds that too.
+        The first is the backward of the loss or, of few tokens, that of the last layer, whose 4-bit weights are
+        dequantised; the second the optimiser's step, or the backward of the first layer. In between there may be more
+        where the vocabulary is small: the gradients of one layer's activations. The total bounds that too.
         """
         return self.total - min(self.gradients, self.activations + self.workspace)
 
@@ -93,10 +99,9 @@ def terms(
     """The terms of each field of `Budget`.
 
     model is a preset, a single layer or a checkpoint's folder, of which only config.json is read; mode one of `MODES`.
-    The phases are
-    those of `Workload`, and so are batch, sequence and adapters: more than one are pooled for mixed batches, beside the
-    layer's own and an empty slot. No targets are all linear layers of a decoder layer. With `checkpointing` each
-    decoder layer saves its input alone and computes the rest again. `device` is "cpu" or "cuda".
+    The phases are those of `Workload`, and so are batch, sequence and adapters: more than one are pooled for mixed
+    batches, beside the layer's own and an empty slot. No targets are all linear layers of a decoder layer. With
+    `checkpointing` each decoder layer saves its input alone and computes the rest again. `device` is "cpu" or "cuda".
 
     Raises ValueError for what is out of range, naming it, as `shapes` does for the model, and for training more than
     one adapter.
@@ -121,11 +126,10 @@ def terms(
         "adapters": [] if chosen is None else _adapters(size, ITEMSIZES[dtype], rank, chosen, adapters),
         "context": [Term("given", {"bytes": context})],
     }
-    if train:
-        tensors = size.tensors if chosen is None else size.lora_tensors(rank, chosen)
-        found |= _trained(tensors, ITEMSIZES[dtype], device)
+    trains = size.tensors if chosen is None else size.lora_tensors(rank, chosen)
+    trained = _trained(trains, ITEMSIZES[dtype], device) if train else None
     read, past = (1, sequence) if phase == "decode" else (sequence, 0)
-    work: dict[str, Any] = place | {"train": train, "read": read, "targets": chosen, "dequantising": dequantising}
+    work: dict[str, Any] = place | {"trained": trained, "read": read, "targets": chosen, "dequantising": dequantising}
     if isinstance(size, LayerShapes):
         found |= _layer(size, pooled=adapters > 1, **work)
     else:
@@ -136,7 +140,7 @@ def terms(
 def _decoder(
     size: Shapes,
     *,
-    train: bool,
+    trained: Trained | None,
     read: int,
     past: int,
     targets: tuple[str, ...] | None,
@@ -145,9 +149,9 @@ def _decoder(
     checkpointing: bool,
     **place: int,
 ) -> dict[str, list[Term]]:
-    """What a decoder's forward keeps, and its backward takes."""
+    """What a decoder's forward keeps, its backward takes, and its training adds."""
     batch, itemsize = place["batch"], place["itemsize"]
-    if not train:
+    if trained is None:
         cache = {"tensors": 2 * size.layers, "tokens": batch * (past + read), "kv width": size.kv_width}
         alive = transient(
             size, read=read, past=past, targets=targets or (), pooled=pooled, dequantising=dequantising, **place
@@ -156,18 +160,23 @@ def _decoder(
     decoder, besides, loss = saved(size, sequence=read, targets=targets, **place)
     logits = {"tensors": 2, "tokens": batch * read, "vocabulary": size.vocabulary, "bytes": FP32}
     backward = [Term("loss, the gradients of its two parts in fp32", logits)]
-    again: list[Term] = []
+    layer = dequantising
     if checkpointing:  # what the loss has saved is gone when the layers are computed again
         decoder, again = checkpointed(size, decoder, tokens=batch * read, itemsize=itemsize)
-        loss, backward = [], loss + backward
-    workspace = max(backward, dequantising, again, key=total_bytes)
-    return {"activations": decoder + besides + loss, "workspace": workspace}
+        loss, backward, layer = [], loss + backward, again + dequantising
+    gone = [Term(f"gone: {name}", {**factors, "bytes": -factors["bytes"]}) for name, factors in loss[:1]]
+    return {
+        "activations": decoder + besides + loss,
+        "workspace": max(backward, layer + gone, key=total_bytes),
+        "gradients": trained.gradients + max(trained.step, layer, key=total_bytes),
+        "optimiser": trained.optimiser,
+    }
 
 
 def _layer(
     size: LayerShapes,
     *,
-    train: bool,
+    trained: Trained | None,
     read: int,
     targets: tuple[str, ...] | None,
     pooled: bool,
@@ -177,12 +186,17 @@ def _layer(
     rank: int,
 ) -> dict[str, list[Term]]:
     """The same of a single layer."""
-    rows: dict[str, Any] = {"tokens": batch * read, "itemsize": itemsize}
-    if train:
-        keeps = layer_saved(size, rank=rank, adapted=targets is not None, **rows)
-        return {"activations": keeps, "workspace": [*layer_passing(size, **rows), *dequantising]}
-    adapter: dict[str, Any] = {"rank": rank, "adapted": targets is not None, "pooled": pooled}
-    return {"activations": layer_transient(size, batch=batch, dequantising=dequantising, **rows, **adapter)}
+    work: dict[str, Any] = {"tokens": batch * read, "itemsize": itemsize, "adapted": targets is not None}
+    if trained is None:
+        work |= {"batch": batch, "rank": rank, "pooled": pooled, "dequantising": dequantising}
+        return {"activations": layer_transient(size, **work)}
+    passing, staying = layer_passing(size, gradients=trained.gradients, dequantising=dequantising, **work)
+    return {
+        "activations": layer_saved(size, rank=rank, **work),
+        "workspace": passing,
+        "gradients": trained.gradients + trained.step + staying,
+        "optimiser": trained.optimiser,
+    }
 
 
 def _check(mode: str, phase: str, dtype: str, device: str, sizes: dict[str, int]) -> None:
@@ -260,21 +274,27 @@ def _dequantising(size: Linears, itemsize: int, quantised: tuple[str, ...], devi
     ]
 
 
-def _trained(tensors: list[tuple[int, int]], itemsize: int, device: str) -> dict[str, list[Term]]:
-    """Gradients and AdamW's state of these tensors, (how many, values in each), in the parameters' own dtype.
+class Trained(NamedTuple):
+    """What training adds: gradients, the optimiser's state, and what its step takes beside them."""
 
-    AdamW's step takes roots of exp_avg_sq: on a GPU of all at once (foreach), on a CPU two for a tensor at a time.
+    gradients: list[Term]
+    optimiser: list[Term]
+    step: list[Term]
+
+
+def _trained(tensors: list[tuple[int, int]], itemsize: int, device: str) -> Trained:
+    """Of these tensors, (how many, values in each), under AdamW, in the parameters' own dtype.
+
+    Its step takes roots of exp_avg_sq: on a GPU of all at once (foreach), on a CPU two for a tensor at a time. The
+    counts of its steps lie on the CPU in any case.
     """
-    parameters = sum(count * values for count, values in tensors)
+    parameters, count = sum(count * values for count, values in tensors), sum(count for count, _ in tensors)
     largest = {"tensors": 2, "values": max(values for _, values in tensors)}
     roots = {"parameters": parameters} if device == "cuda" else largest
-    return {
-        "gradients": [
-            Term("of what trains", {"parameters": parameters, "bytes": itemsize}),
-            Term("AdamW's step, roots of exp_avg_sq", roots | {"bytes": itemsize}),
-        ],
-        "optimiser": [
-            Term("AdamW's exp_avg and exp_avg_sq", {"moments": 2, "parameters": parameters, "bytes": itemsize}),
-            Term("AdamW's step count", {"tensors": sum(count for count, _ in tensors), "bytes": FP32}),
-        ],
-    }
+    counts = [] if device == "cuda" else [Term("AdamW's step count", {"tensors": count, "bytes": FP32})]
+    moments = {"moments": 2, "parameters": parameters, "bytes": itemsize}
+    return Trained(
+        gradients=[Term("of what trains", {"parameters": parameters, "bytes": itemsize})],
+        optimiser=[Term("AdamW's exp_avg and exp_avg_sq", moments), *counts],
+        step=[Term("AdamW's step, roots of exp_avg_sq", roots | {"bytes": itemsize})],
+    )

@@ -72,8 +72,8 @@ def byte_count(text: str) -> int:
 
 
 def readable(count: float) -> str:
-    """Bytes as "1.50 GiB", small ones in MiB."""
-    return f"{count / 2**30:.2f} GiB" if abs(count) >= 2**30 / 10 else f"{count / 2**20:.2f} MiB"
+    """Bytes as "1.50 GiB", less than one in MiB."""
+    return f"{count / 2**30:.2f} GiB" if abs(count) >= 2**30 else f"{count / 2**20:.2f} MiB"
 
 
 def estimate(options: argparse.Namespace) -> int:
@@ -133,9 +133,8 @@ def _why(total: Budget, model: str) -> str:
     if not total.gradients:
         return "in the forward"
     if total.gradients > total.activations + total.workspace:
-        return "in the optimiser's step, when the activations are gone"
-    where = "in the backward" if widths(model) else "in the backward of the loss"
-    return f"{where}, before there are gradients"
+        return "when all gradients are there, and the activations gone"
+    return "before the optimiser's step" if widths(model) else "as the backward begins, before there are gradients"
 
 
 def title(options: argparse.Namespace, without: str = "") -> str:
