@@ -100,6 +100,8 @@ class Factors:
 
         Raises ValueError for a b that is not zero outside of them.
         """
+        if groups == 1:
+            return [self.b]
         blocks = [rows.chunk(groups, 1)[group] for group, rows in enumerate(self.b.chunk(groups))]
         if sum(int(block.count_nonzero()) for block in blocks) != int(self.b.count_nonzero()):
             raise ValueError(f"factor b must be zero outside its {groups} groups")
@@ -116,7 +118,7 @@ class Factors:
         converted = self.map(lambda tensor: tensor.to(dtype))
         for name in ("a", "b", "bias", "magnitude"):
             before, after = getattr(self, name), getattr(converted, name)
-            if before is None:
+            if before is None or before.dtype == dtype:  # to look at the values waits for a GPU
                 continue
             lost = before[before.isfinite() & ~after.isfinite()]
             if len(lost):

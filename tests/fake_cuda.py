@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ class FakeCuda:
         self.tape: list[Effect] | None = None
         self.log: list[str] = []
         self.forgets = False
+        self.refuses = 0
         gpu = self
 
         class Event:
@@ -57,6 +59,10 @@ class FakeCuda:
             "stream": lambda _stream: nullcontext(),
             "device": lambda _device: nullcontext(),
             "synchronize": self.synchronize,
+            "empty_cache": lambda: self.log.append("empty cache"),
+            "is_current_stream_capturing": lambda: self.tape is not None,
+            "get_sync_debug_mode": lambda: self.refuses,
+            "set_sync_debug_mode": self.refuse,
             "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=1000),
             "_sleep": lambda cycles: self.launch(lambda: None, cycles / 2e9 / KERNEL),
         }.items():
@@ -70,6 +76,17 @@ class FakeCuda:
         self.host += LAUNCH
         self.device = max(self.device, self.host) + kernels * KERNEL
         effect()
+
+    def refuse(self, mode: int | str) -> None:
+        if mode == "error":
+            warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=2)
+        self.refuses = 2 if mode == "error" else int(mode)
+
+    def read(self) -> None:
+        """What torch knows to wait for the device, as reading a number from it does."""
+        if self.refuses == 2:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        self.synchronize()
 
     def synchronize(self, _device: object = None) -> None:
         if self.tape is not None:

@@ -27,6 +27,7 @@ GPU, MIG = 1, 2
 UUIDS = {b"GPU-one": GPU, b"MIG-part": MIG}
 UNSIGNED, UNSIGNED_LONG_LONG = 1, 3
 VALUES = {
+    "driver": 82,
     "total": 80 << 30,
     "used": 3 << 30,
     "free": 76 << 30,
@@ -137,7 +138,7 @@ class PythonLibrary:
         return b"an error that the stub does not name"
 
     def _nvmlSystemGetDriverVersion(self, version: Any, _length: Any) -> int:  # noqa: N802
-        version.value = b"580.1"
+        version.value = f"580.{self.get('driver')}".encode()
         return 0
 
     def _nvmlDeviceGetCount_v2(self, count: Any) -> int:  # noqa: N802

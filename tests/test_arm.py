@@ -64,6 +64,29 @@ def test_decode_reads_one_token_of_each_sequence_after_the_same_cache_every_time
     assert torch.equal(logits[0], logits[2])
 
 
+def test_decode_starts_from_the_same_cache_after_a_step_that_broke_off() -> None:
+    workload = workload_of("base", "decode")
+    arm = arm_of(workload)
+    step = make_step(arm, workload)
+    step.prepare()
+    whole: Any = step.run()
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("between the layers")
+
+    hook = arm.model.model.layers[1].register_forward_pre_hook(broken)
+    step.prepare()
+    with pytest.raises(RuntimeError, match="between the layers"):
+        step.run()
+    hook.remove()
+    step.prepare()
+    lengths = [layer.get_seq_length() for layer in whole.past_key_values.layers]
+    again: Any = step.run()
+
+    assert lengths == [6, 6]
+    assert torch.equal(again.logits, whole.logits)
+
+
 def test_decode_goes_on_where_prefill_ended() -> None:
     arm = arm_of(workload_of("separate", "prefill"))
     tokens = draw_tokens(arm, 4, 7)

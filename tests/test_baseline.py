@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from lora_bench.bench.clocks import USUAL
 from lora_bench.bench.workload import Row, Workload
 from lora_bench.gate.baseline import Line, also_changed, closing, compare, exit_code, verdict_on, worst
 from lora_bench.gate.figures import Run
@@ -135,7 +136,7 @@ CASES = {
     "a sample of nothing": (OLD, changed("seconds", [1.0, 0.0]), "NOT COMPARABLE", 6, "the baseline: a sample of 0 s"),
     "a sample without end": (changed("seconds", [float("inf")]), OLD, "NOT COMPARABLE", 6, "this run: a sample of inf"),
     "throttled now": (
-        changed("window", {"throttled": True, "throttle_delta": {"thermal": 5, "power": 0}}),
+        changed("window", {"throttled": True, "throttle_delta": {"thermal": 5, "power": 0, USUAL: 7}}),
         OLD,
         "NOT COMPARABLE",
         6,

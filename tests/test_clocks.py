@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from lora_bench.bench import clocks
-from lora_bench.bench.clocks import Look, Window, cpu_clock_mhz, cpu_throttle_counters
-from lora_bench.bench.nvml import Unavailable
+from lora_bench.bench.clocks import USUAL, Look, Window, cpu_clock_mhz, cpu_throttle_counters, look_at_gpu, power_capped
+from lora_bench.bench.nvml import THROTTLE_FIELDS, Unavailable
 from tests.fake_nvml import install
 
 
@@ -52,9 +52,13 @@ def over(before: Any, after: Any) -> Window:
         ({"heat": 3}, {}, {}, "unavailable (heat: it is no longer told)"),
         (Unavailable("x", 3), {"heat": 3}, {}, "unavailable (throttle counters: x)"),
         ({"heat": 3, "power": 9}, Unavailable("y"), {}, "unavailable (heat: y; power: y)"),
+        ({USUAL: 3, "heat": 3}, {USUAL: 9, "heat": 3}, {USUAL: 6, "heat": 0}, False),
+        ({USUAL: 3, "heat": 3}, {USUAL: 9, "heat": 4}, {USUAL: 6, "heat": 1}, True),
+        ({USUAL: Unavailable("x"), "heat": 3}, {USUAL: 3, "heat": 3}, {"heat": 0}, False),
+        ({USUAL: 3, "heat": Unavailable("x")}, {USUAL: 9, "heat": 3}, {USUAL: 6}, "unavailable (heat: x)"),
     ],
 )
-def test_a_span_is_throttled_where_a_counter_moved(
+def test_a_span_is_throttled_where_a_counter_moved_other_than_that_of_the_power_limit(
     before: Any, after: Any, delta: dict[str, int], throttled: Any
 ) -> None:
     window = over(before, after)
@@ -113,8 +117,36 @@ def test_a_gpu_is_looked_at_by_its_uuid(monkeypatch: pytest.MonkeyPatch) -> None
 
     assert window.clocks == [1410, 990]
     assert window.throttle_delta["software_power_cap_ns"] == 6
-    assert window.throttled is True
+    assert window.throttled is False
     assert window.shared
+
+
+def test_every_counter_of_a_gpu_but_that_of_its_power_limit_throttles_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = install(monkeypatch)
+    moved = {}
+    for number, name in THROTTLE_FIELDS.items():
+        with Window("cuda", look=lambda: look_at_gpu("GPU-one")) as window:
+            library.set(f"field {number}", 5000)
+        moved[name] = window.throttled
+
+    assert moved == {name: name != USUAL for name in THROTTLE_FIELDS.values()}
+    assert {USUAL} < moved.keys()
+
+
+@pytest.mark.parametrize(
+    ("nanoseconds", "seconds", "share"),
+    [(0, 2.0, 0.0), (500_000_000, 2.0, 0.25), (2_000_000_001, 2.0, 1.0), (9, 0.0, 0)],
+)
+def test_how_long_a_power_limit_held_the_clocks_down_is_a_share_of_the_span(
+    nanoseconds: int, seconds: float, share: float
+) -> None:
+    assert power_capped({"throttle_delta": {USUAL: nanoseconds, "heat": 7}, "seconds": seconds}) == share
+
+
+def test_a_span_without_such_a_counter_was_at_no_power_limit() -> None:
+    assert power_capped({"throttle_delta": {USUAL: "words"}, "seconds": 2.0}) == 0
+    assert power_capped({"throttle_delta": {USUAL: 7}, "seconds": None}) == 0
+    assert power_capped({}) == power_capped(over({"heat": 3}, {"heat": 3}).as_dict()) == 0
 
 
 @pytest.fixture

@@ -11,14 +11,15 @@ from typing import Any, Self
 import pytest
 import torch
 
-from lora_bench.bench import launches, measure
+from lora_bench.bench import launches, measure, turns
 from lora_bench.bench.arm import Step, make_step
 from lora_bench.bench.clock import event_clock
 from lora_bench.bench.counts import Ceilings
 from lora_bench.bench.launches import graph_seconds, look
-from lora_bench.bench.measure import Launches, Timing, build, build_base
 from lora_bench.bench.nvml import GpuLost, Unavailable
+from lora_bench.bench.ready import build, build_base
 from lora_bench.bench.sampling import LEAST_ROUNDS
+from lora_bench.bench.turns import Launches, Timing
 from lora_bench.bench.workload import Row
 from tests.fake_cuda import KERNEL, LAUNCH, FakeCuda
 from tests.micro_rows import row, with_bases
@@ -137,6 +138,32 @@ def test_what_cannot_be_captured_is_unavailable_and_its_share_is_the_queue_s(
     assert 0 < found["launch_share"] < 1
 
 
+def test_a_step_that_waits_for_the_device_is_refused_before_it_is_captured(gpu: FakeCuda) -> None:
+    found = graph_seconds(step_of(gpu, before=gpu.read), "cpu")
+
+    assert found == Unavailable("it cannot be captured: RuntimeError: called a synchronizing CUDA operation")
+    assert "capture" not in gpu.log
+    assert gpu.log[-1] == "empty cache"
+    assert not gpu.refuses
+
+
+def test_after_a_capture_nothing_is_refused_and_torch_tells_again_whether_it_captures(gpu: FakeCuda) -> None:
+    graph_seconds(step_of(gpu), "cpu")
+    gpu.tape = []
+
+    assert torch.cuda.is_current_stream_capturing()
+    assert not gpu.refuses
+
+
+def test_a_step_that_asks_is_told_that_nothing_is_captured(gpu: FakeCuda) -> None:
+    told: list[tuple[bool, bool]] = []
+    graph_seconds(
+        step_of(gpu, lambda: told.append((gpu.tape is None, torch.cuda.is_current_stream_capturing()))), "cpu"
+    )
+
+    assert told == [(True, False)] * launches.WARM_UP + [(False, False)]
+
+
 def test_a_replay_that_computes_nothing_is_found_out(gpu: FakeCuda) -> None:
     gpu.forgets = True
 
@@ -173,12 +200,12 @@ def test_on_a_gpu_every_timed_row_is_looked_at_after_all_are_timed_and_on_a_cpu_
     assert not [each for each in measure.compare(rows, "cpu", 0.0) if isinstance(each, Launches)]
 
     steps = {of: Step(lambda: None) for of in rows}
-    monkeypatch.setattr(measure, "clock_of", lambda _: lambda run: run() or 1.0)
-    monkeypatch.setattr(measure, "Window", FakeWindow)
+    monkeypatch.setattr(turns, "clock_of", lambda _: lambda run: run() or 1.0)
+    monkeypatch.setattr(turns, "Window", FakeWindow)
     monkeypatch.setattr(launches, "look", lambda steps, hot, *_, **__: ((of, {"of": len(hot[of])}) for of in steps))
-    messages = list(measure._take_turns(steps, dict.fromkeys(rows), "cuda", 0.0, lambda _: None))
+    messages = list(turns.timed(steps, dict.fromkeys(rows), "cuda", 0.0, lambda _: None))
 
-    kinds = [type(each) for each in messages if not isinstance(each, measure.Progress)]
+    kinds = [type(each) for each in messages if not isinstance(each, turns.Progress)]
     assert kinds == [Timing] * 4 + [Launches] * 4
     assert [each.row for each in messages if isinstance(each, Launches)] == rows
 

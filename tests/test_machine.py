@@ -73,7 +73,47 @@ def test_a_gpu_is_known_by_its_name_driver_cuda_and_power_limit_whatever_its_ind
         "ecc": True,
         "mig": False,
         "compute_mode": "default",
+        "kernels": machine.kernels(),
     }
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """torch's settings of CUDA kernels, all as they are at first."""
+    cuda = torch.backends.cuda
+    monkeypatch.setattr(cuda, "preferred_blas_library", lambda: torch._C._BlasBackend.Cublas)
+    for name in ("flash", "mem_efficient", "cudnn", "math"):
+        monkeypatch.setattr(cuda, f"{name}_sdp_enabled", lambda: True)
+    matmul = {"fp32_precision": "none", "allow_fp16_accumulation": False}
+    matmul |= {f"allow_{name}_reduced_precision_reduction": True for name in machine.NARROW}
+    monkeypatch.setattr(cuda, "matmul", SimpleNamespace(**matmul))
+    return monkeypatch
+
+
+AT_FIRST = (
+    "products by Cublas, attention by flash or memory-efficient or cuDNN or math, float32 operands kept, "
+    "fp16 and bf16 sums in parts"
+)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value", "before", "after"),
+    [
+        ("", "flash_sdp_enabled", lambda: False, "flash or memory", "memory"),
+        ("", "cudnn_sdp_enabled", lambda: False, " or cuDNN", ""),
+        ("", "preferred_blas_library", lambda: torch._C._BlasBackend.Cublaslt, "Cublas,", "Cublaslt,"),
+        ("matmul", "fp32_precision", "tf32", "operands kept", "operands rounded"),
+        ("matmul", "allow_fp16_reduced_precision_reduction", False, "fp16 and bf16 sums", "bf16 sums"),
+    ],
+)
+def test_the_choice_of_kernels_is_told_by_torch_s_settings(
+    settings: pytest.MonkeyPatch, where: str, name: str, value: object, before: str, after: str
+) -> None:
+    assert machine.kernels() == AT_FIRST
+
+    settings.setattr(getattr(torch.backends.cuda, where) if where else torch.backends.cuda, name, value)
+
+    assert machine.kernels() == AT_FIRST.replace(before, after)
 
 
 def test_what_nvml_does_not_tell_is_a_text_with_the_reason(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:

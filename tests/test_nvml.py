@@ -46,6 +46,18 @@ def test_the_device_is_found_by_uuid_with_nvml_s_prefix(
     assert seen == [f"GPU-{UUID}", f"MIG-{UUID}", f"GPU-{UUID}"]
 
 
+@pytest.mark.parametrize(
+    ("driver", "last"),
+    [
+        *((old, [269, 270, 271]) for old in ("", "535.104.05", "570.172.08", "574.99")),
+        *((renumbered, [251, 252, 253]) for renumbered in ("575.51.03", "576.02", "580.65.06", "580.81")),
+        *((now, [269, 270, 271]) for now in ("580.82.07", "580.105", "590.48.01", "1000.1")),
+    ],
+)
+def test_some_drivers_number_the_counters_of_heat_and_power_brake_otherwise(driver: str, last: list[int]) -> None:
+    assert nvml._throttle_numbers(driver) == [74, 76, *last]
+
+
 @pytest.mark.parametrize("code", [0, pynvml.NVML_ERROR_UNKNOWN, pynvml.NVML_ERROR_GPU_IS_LOST])
 def test_nvml_is_shut_down_whatever_a_probe_gives(library: PythonLibrary, code: int) -> None:
     library.fault("nvmlDeviceGetTotalEnergyConsumption", code, 0, 1)

@@ -24,6 +24,7 @@ COUNTERS = {
     "hardware_thermal_ns": 1270,
     "power_brake_ns": 1271,
 }
+EARLIER = 251, 252, 253
 ENERGY, INFO, FIELDS = "nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetMemoryInfo_v2", "nvmlDeviceGetFieldValues"
 PROCESSES, PARENT = "nvmlDeviceGetComputeRunningProcesses_v3", "nvmlDeviceGetDeviceHandleFromMigDeviceHandle"
 
@@ -158,6 +159,13 @@ ROWS = [
         finding("throttle_counters", {"type 74": 0}),
         [COUNTERS | {"software_power_cap_ns": unavailable("field 74 is no integer but of type 0", None)}],
     ),
+    Row(
+        "a driver that numbers the counters otherwise",
+        finding(
+            "throttle_counters", {"driver": 65} | {f"field {n}": n for n in EARLIER} | {f"type {n}": 3 for n in EARLIER}
+        ),
+        [COUNTERS | dict(zip(("software_thermal_ns", "hardware_thermal_ns", "power_brake_ns"), EARLIER, strict=True))],
+    ),
     Row("counters stand still", {"probe": "window", "then": {}}, [window({}, throttled=False)]),
     Row(
         "a counter moves",
@@ -166,14 +174,19 @@ ROWS = [
     ),
     Row(
         "a counter goes back",
-        {"probe": "window", "then": {"field 74": 4}},
+        {"probe": "window", "then": {"field 269": 4}},
         [
             window(
                 {},
-                "unavailable (software_power_cap_ns: it went back from 1074 to 4: was the driver loaded again?)",
-                software_power_cap_ns="it went back from 1074 to 4: was the driver loaded again?",
+                "unavailable (software_thermal_ns: it went back from 1269 to 4: was the driver loaded again?)",
+                software_thermal_ns="it went back from 1269 to 4: was the driver loaded again?",
             )
         ],
+    ),
+    Row(
+        "the GPU keeps to its power limit",
+        {"probe": "window", "then": {"field 74": 1074 + 5}},
+        [window({"software_power_cap_ns": 5}, throttled=False)],
     ),
     Row(
         "one counter moves, another cannot be read",
@@ -259,7 +272,7 @@ ROWS = [
         failing("device_count", ("nvmlInitWithFlags", NOT_LOADED, 0, EVER)),
         [unavailable("Driver Not Loaded", 9)],
     ),
-    Row("a version", {"probe": "driver_version"}, ["580.1"]),
+    Row("a version", {"probe": "driver_version"}, ["580.82"]),
 ]
 
 

@@ -126,3 +126,19 @@ def test_factors_change_to_a_dtype_that_holds_them() -> None:
     with pytest.raises(ValueError, match=r"torch\.float16 cannot hold factor a: it has the value 70000"):
         factors.to(torch.float16)
     assert torch.equal(Factors(factors.b.T, factors.b).to(torch.float16).b, factors.b.half())
+
+
+def test_what_keeps_its_dtype_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a look waits for it, and a switch loads hundreds of factors."""
+
+    def looks(*_: object) -> None:
+        raise AssertionError("looked")
+
+    factors = Factors(torch.ones(2, 3), torch.ones(4, 2))
+    monkeypatch.setattr(torch.Tensor, "isfinite", looks)
+    monkeypatch.setattr(torch.Tensor, "count_nonzero", looks)
+
+    assert factors.to(torch.float32).a.dtype == torch.float32
+    assert factors.blocks(1)[0] is factors.b
+    with pytest.raises(AssertionError, match="looked"):
+        factors.to(torch.bfloat16)

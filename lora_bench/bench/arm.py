@@ -198,8 +198,9 @@ def _decode(arm: Arm, workload: Workload) -> Step:
             return arm.model(tokens[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     def forget() -> None:
-        if extra := cache.get_seq_length() - workload.sequence:
-            cache.crop(-extra)
+        for layer in cache.layers:  # each by itself: a step that broke off has reached only some
+            if extra := layer.get_seq_length() - workload.sequence:
+                layer.crop(-extra)
 
     return Step(run, prepare=forget, reads=lambda: [(layer.keys, layer.values) for layer in cache.layers])
 

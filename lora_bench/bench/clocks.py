@@ -20,6 +20,11 @@ LEAST_SECONDS_APART = 0.05
 """Clocks are looked at no more often than this: a closer look disturbs and tells nothing more."""
 
 
+USUAL = "software_power_cap_ns"
+"""The counter that may move: under load a GPU lowers its clocks to stay within its power limit, as it is made to.
+
+The limit itself is a part of the fingerprint. What else moves is a fault of its cooling, its supply or its neighbours.
+"""
 Counters: TypeAlias = "Mapping[str, int | Unavailable] | Unavailable"
 
 
@@ -73,10 +78,13 @@ class Window:
 
     @property
     def throttled(self) -> bool | Unavailable:
-        """Whether any counter moved; unavailable where none did but not all could be read."""
-        if any(self.throttle_delta.values()):
+        """Whether a counter moved that should not; unavailable where none did but not all could be read.
+
+        A GPU that only keeps to its power limit is not throttled: `power_capped` tells for how long it did.
+        """
+        if any(moved for name, moved in self.throttle_delta.items() if name != USUAL):
             return True
-        unread = {name: why for name, why in self.unavailable.items() if name != "clock"}
+        unread = {name: why for name, why in self.unavailable.items() if name not in ("clock", USUAL)}
         if unread:
             return Unavailable("; ".join(f"{name}: {why}" for name, why in unread.items()))
         return False if self.throttle_delta else Unavailable("the span has not ended")
@@ -112,6 +120,16 @@ class Window:
                 self.unavailable[name] = f"it went back from {start} to {end}: was the driver loaded again?"
             else:
                 self.throttle_delta[name] = end - start
+
+
+def power_capped(window: Mapping[str, Any]) -> float:
+    """The share of a window, as `Window.as_dict` tells it, in which a GPU's power limit held its clocks down.
+
+    0 where it does not tell of it by numbers.
+    """
+    told = window.get("throttle_delta", {}).get(USUAL), window.get("seconds")
+    nanoseconds, seconds = (each if isinstance(each, int | float) else 0 for each in told)
+    return min(1.0, nanoseconds / 1e9 / seconds) if nanoseconds > 0 and seconds > 0 else 0.0
 
 
 def _looking_at(device: str) -> Callable[[], Look]:

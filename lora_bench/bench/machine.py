@@ -11,6 +11,9 @@ from typing import Any
 import torch
 
 from lora_bench.bench import nvml, nvml_state
+from lora_bench.bounds import Arithmetic
+
+NARROW = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def fingerprint(device: str) -> dict[str, Any]:
@@ -38,10 +41,29 @@ def fingerprint(device: str) -> dict[str, Any]:
             "ecc": _plain(nvml_state.ecc_mode(uuid)),
             "mig": _plain(nvml_state.mig_mode(uuid)),
             "compute_mode": _plain(nvml_state.compute_mode(uuid)),
+            "kernels": kernels(),
         }
     else:
         hard |= {"instructions": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
     return {"hard": hard, "soft": soft}
+
+
+def kernels() -> str:
+    """From what torch may choose its kernels on CUDA, and how they may round: settings of this process, in words."""
+    cuda = torch.backends.cuda
+    attention = {
+        "flash": cuda.flash_sdp_enabled(),
+        "memory-efficient": cuda.mem_efficient_sdp_enabled(),
+        "cuDNN": cuda.cudnn_sdp_enabled(),
+        "math": cuda.math_sdp_enabled(),
+    }
+    full = not Arithmetic.of(torch.float32, "cuda").operand
+    short = [name for name, dtype in NARROW.items() if Arithmetic.of(dtype, "cuda").partials]
+    library = str(cuda.preferred_blas_library()).rpartition(".")[2]
+    return (
+        f"products by {library}, attention by {_listed(attention)}, "
+        f"float32 operands {'kept' if full else 'rounded'}, {' and '.join(short) or 'no'} sums in parts"
+    )
 
 
 def device_name(device: str) -> str:
@@ -59,6 +81,10 @@ def device_name(device: str) -> str:
 def device_uuid(device: str) -> str:
     """The CUDA device's UUID, as NVML knows it."""
     return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def _listed(enabled: dict[str, bool]) -> str:
+    return " or ".join(name for name, on in enabled.items() if on) or "none"
 
 
 def _version(package: str) -> str | None:

@@ -7,6 +7,7 @@ a setting of a device.
 from __future__ import annotations
 
 import os
+import re
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -40,6 +41,11 @@ THROTTLE_FIELDS = {
     271: "power_brake_ns",
 }
 """NVML's fields that count for how long clocks were held down, in nanoseconds since the driver was loaded."""
+RENUMBERED, BY = ((575,), (580, 82)), 18
+"""From the first of these drivers to before the second, the last three fields have numbers that are so much smaller.
+
+Source: nvml.h of CUDA 12.9 and 13.0 beside that of 13.1, and the releases of nvidia-ml-py for those drivers.
+"""
 
 
 class Unavailable(NamedTuple):
@@ -287,9 +293,17 @@ def throttle_counters(uuid: str) -> dict[str, int | Unavailable] | Unavailable:
     """By reason, for how many nanoseconds the clocks were held down since the driver was loaded."""
 
     def read(device: Device) -> dict[str, int | Unavailable]:
-        return dict(zip(THROTTLE_FIELDS.values(), field_values(device, list(THROTTLE_FIELDS)), strict=True))
+        numbers = _throttle_numbers(str(ask(device.uuid, "nvmlSystemGetDriverVersion")))
+        return dict(zip(THROTTLE_FIELDS.values(), field_values(device, numbers), strict=True))
 
     return probe(read, uuid)
+
+
+def _throttle_numbers(driver: str) -> list[int]:
+    """The numbers of `THROTTLE_FIELDS` in this driver, such as "580.65.06"."""
+    begin, end = RENUMBERED
+    renumbered = begin <= tuple(map(int, re.findall("[0-9]+", driver)[:2])) < end
+    return [number - BY if renumbered and number > 250 else number for number in THROTTLE_FIELDS]
 
 
 def driver_version(uuid: str) -> str | Unavailable:

@@ -8,6 +8,7 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_bench.bench.checked import fingerprint_of, of_type, row_of, window_of
+from lora_bench.bench.clocks import USUAL
 from lora_bench.bench.ratio import Interval
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def trouble(seconds: Sequence[float], base: Sequence[float], window: Mapping[str
         if not 0 < value < math.inf:
             return f"a sample of {value:g} s"
     if window.get("throttled") is True:
-        reasons = ", ".join(name for name, moved in window.get("throttle_delta", {}).items() if moved)
+        reasons = ", ".join(name for name, moved in window.get("throttle_delta", {}).items() if moved and name != USUAL)
         return f"the clock was throttled ({reasons or 'no reason told'})"
     return ""
 
