@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_bench import __version__
 from lora_bench.commands import ab, calibrate, conform, doctor, estimate, fit, promote, report, selftest
-from lora_bench.commands.arguments import USAGE
+from lora_bench.commands.arguments import FAILED, INTERRUPTED, USAGE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,6 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"lora-bench {options.verb}: {error}", file=sys.stderr)
         return USAGE
+    except OSError as error:  # a full disk, a pipe that nobody reads any more
+        print(f"lora-bench {options.verb}: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(f"lora-bench {options.verb}: interrupted", file=sys.stderr)
+        return INTERRUPTED
     return code
 
 

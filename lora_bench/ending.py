@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from lora_bench.gate import baseline
@@ -51,6 +52,11 @@ def _as_run(run: Session, rows: Sequence[Row]) -> Run:
     return made._replace(planned=tuple(run.planned))
 
 
+def cut_off(run: Session) -> bool:
+    """Whether something is left that a run would measure if it was gone on with."""
+    return bool(run.lost) or not all(map(run.settled, run.planned))
+
+
 def properties(run: Session, row: Row, screen: Screen | None) -> list[tuple[str, object]]:
     """What JUnit says of a row: verdict, median seconds with interval, ratio to base, peak bytes, error of bound."""
     from lora_bench.report.lists import peak_bytes
@@ -87,6 +93,8 @@ def write_reports(path: Path) -> list[str]:
             target.write_text(make(), encoding="utf-8")
             written.append(end)
         except Exception as error:  # noqa: BLE001  # likewise
+            with suppress(OSError):
+                target.unlink()  # half of it tells less than none
             failed.append(f"no {target.name}: {type(error).__name__}: {error}")
     ends = f"{{{','.join(written)}}}" if len(written) > 1 else "".join(written)
     beside = [f"reports: {path.with_suffix('')}.{ends}"] if written else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import shutil
@@ -44,8 +45,6 @@ class Settings:
     subjects: tuple[str, ...]
 
 
-ROOM = 16 << 20
-"""Bytes that must be free where the records go: the largest matrix with all its samples takes less."""
 SETTINGS = pytest.StashKey[Settings]()
 
 
@@ -170,6 +169,8 @@ def _check_seconds(option: argparse.Namespace) -> None:
         raise pytest.UsageError(f"--lora-timeout must be at least 0, got {option.lora_timeout:g}")
     if option.lora_energy != 0 and not option.lora_energy >= 10:
         raise pytest.UsageError(f"--lora-energy must be 0 or at least 10 seconds, got {option.lora_energy:g}")
+    if option.lora_energy == math.inf:
+        raise pytest.UsageError("--lora-energy must be finite, got inf")
     if not option.lora_seconds > 0:
         raise pytest.UsageError(f"--lora-seconds must be above 0, got {option.lora_seconds:g}")
 
@@ -194,6 +195,8 @@ def _check_benchmark(config: pytest.Config) -> None:
 
 def _check_output(folder: str) -> None:
     """Raise where nothing can be kept, before there is something to lose."""
+    from lora_bench.bench.records import ROOM
+
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         probe = Path(folder) / f".writable-{os.getpid()}"

@@ -188,9 +188,13 @@ def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
         return []
     chosen = options.settings(config)
     what = f"device={chosen.device} model={chosen.model} dtype={chosen.dtype}"
-    lines = [f"lora-bench: {what} batch={chosen.batch} sequence={chosen.sequence} {chosen.matrix}"]
+    what += f" batch={chosen.batch} sequence={chosen.sequence}"
+    what += f" targets={chosen.targets}" if chosen.targets != "all" else ""
+    lines = [f"lora-bench: {what} {chosen.matrix}"]
     if chosen.device == "cpu" and config.option.lora_device == "auto":
         lines.append("lora-bench: no CUDA device: a small model on the CPU; nothing here speaks of a GPU")
+    if (session := config.stash.get(SESSION, None)) is not None and session.records.moved:
+        lines.append(f"lora-bench: of the run that goes on, {session.records.moved}")
     if (screen := config.stash.get(SCREEN, None)) is not None and config.option.benchmark:
         lines += [f"lora-bench: {line}" for line in screen.shelf.trouble]
     return lines
@@ -204,6 +208,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section("lora-bench")
         terminalreporter.write_line(render(session))
         terminalreporter.write_line(f"records: {session.records.path}")
+        if ending.cut_off(session):
+            goes_on = f"--lora-resume {session.records.run_id} goes on with it"
+            terminalreporter.write_line(f"not all was measured: {goes_on}", yellow=True)
         if session.records.unwritten:
             terminalreporter.write_line(f"they are not whole: {session.records.unwritten}", red=True)
     if (screen := config.stash.get(SCREEN, None)) is not None and not config.option.collectonly:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from lora_bench.gate.environments import here
 from lora_bench.gate.pair import SIDES
 from lora_bench.gate.verdict import FAIL, INCONCLUSIVE, PASS, Comparison
 from lora_bench.gate.workers import Broken
-from tests.scripted_servers import STARTED, ScriptedServer
+from tests.scripted_servers import STARTED, ScriptedServer, ScriptedWorker
 
 DECODE, PREFILL = (Workload("separate", phase, "micro", "fp32", 4, 1, 8) for phase in ("decode", "prefill"))
 
@@ -38,6 +39,21 @@ def test_equals_pass_and_each_pair_is_heard() -> None:
 
     assert duel.verdict == PASS
     assert heard == ["decode"] * 7
+
+
+def test_a_worker_is_told_which_files_are_its_sides_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, list[str]]] = []
+    start = ScriptedServer.start
+
+    def noted(server: ScriptedServer, task: dict[str, Any]) -> ScriptedWorker:
+        told.append((server.side, list(task["own"])))
+        return start(server, task)
+
+    monkeypatch.setattr(ScriptedServer, "start", noted)
+    base, head = here("reference")._replace(own=("one",)), here("reference")._replace(own=("two", "three"))
+    compare(base, head, [Duel(DECODE, Comparison())], "cpu", pair_seconds=1.0, hear=lambda _: None)
+
+    assert told[:3] == [("base", ["one"]), ("head", ["two", "three"]), ("control", ["one"])]
 
 
 def test_sides_swap_from_pair_to_pair() -> None:
@@ -80,6 +96,7 @@ def test_slower_fails_after_two_attempts() -> None:
         ("head", "crashed", FAIL),
         ("head", "timeout", FAIL),
         ("head", "not_offered", INCONCLUSIVE),
+        ("head", "not_used", INCONCLUSIVE),
         ("head", "gpu_lost", INCONCLUSIVE),
         ("head", "protocol", INCONCLUSIVE),
         ("base", "wrong", INCONCLUSIVE),

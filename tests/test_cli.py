@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -181,6 +183,45 @@ def test_a_case_that_holds_replays_as_such(acme: str, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out == "conforms\n"
 
 
+def test_what_cannot_be_kept_costs_no_verdict(
+    acme: str, few_checks: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(".lora_bench").mkdir()
+    Path(".lora_bench/conformance.json").write_text("as it was")
+    fill(monkeypatch)
+
+    assert main(["conform", "--lora-subject", acme, "--lora-subject", "reference"]) == 1
+    told = capsys.readouterr()
+    assert "lora_bench: reference 6 of 6 checks conform, 0 fail\n" in told.out
+    assert "lora-bench: .lora_bench/conformance.json could not be written: No space left" in told.err
+    assert [(path.name, path.read_text()) for path in Path(".lora_bench").iterdir()] == [
+        ("conformance.json", "as it was")
+    ]
+
+
+def fill(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a full disk: of a text the beginning arrives."""
+    write = Path.write_text
+
+    def full(path: Path, text: str, **how: Any) -> int:
+        write(path, text[:9], **how)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+
+
+def test_a_verb_that_the_system_stops_says_so_and_exits_with_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(_text: str) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.stdout, "write", full)
+        code = main(["estimate", "--model", "micro"])
+    assert (code, capsys.readouterr().err) == (1, "lora-bench estimate: [Errno 28] No space left on device\n")
+
+
 def test_a_case_that_cannot_be_judged_is_neither_right_nor_wrong(acme: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", acme, "merge.equals_definition", "t1 i1 o1 r1 a1 fp64 s0"]) == 6
     assert capsys.readouterr().out.startswith("acme is not judged (not offered): merge.equals_definition\n")
@@ -218,6 +259,9 @@ def test_selftest_tells_what_it_found(
     assert "planted bugs: 1 of 1 found by the checks that they name (100.0%)" in told
     assert re.search(r"false alarms: 0 in \d+ cases on 1 correct implementations", told)
     assert Path(".lora_bench/selftest.txt").read_text() in told
+    fill(monkeypatch)
+    assert main(["selftest", "--correct-examples", "2"]) == 1
+    assert "lora-bench: .lora_bench/selftest.txt could not be written" in capsys.readouterr().err
 
 
 def test_the_help_of_replay_says_what_a_case_is_made_of(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lora_bench.__main__ import main
 from lora_bench.bench import machine
+from lora_bench.commands.ab import differences
 from lora_bench.gate import ab, calibration, environments
 from lora_bench.gate.ab import comparison_of
 from lora_bench.gate.workers import Broken
@@ -135,16 +139,22 @@ def test_github_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert "FAIL" in Path("summary.md").read_text()
 
 
-@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
-def test_what_is_measured_before_a_signal_is_kept(
-    number: signal.Signals, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_is_measured_before_a_signal_is_kept_and_where_is_told(
+    number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("lora_bench.report.duels.heard", lambda _: signal.raise_signal(number))
 
-    with pytest.raises(error):
-        run()
+    try:
+        ended: Any = run()
+    except SystemExit as error:
+        ended = error.code
+
+    assert ended == code
 
     (record,) = kept()
+    (path,) = Path(".lora_bench").glob("*.jsonl")
+    assert f"lora-bench ab: cut off; records: {path}\n" in capsys.readouterr().err
     assert record["verdict"] == "INCONCLUSIVE"
     assert len(comparison_of(record).last.pairs) == 1
 
@@ -174,6 +184,36 @@ def test_what_is_settled_is_kept_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
     run("--phase", "prefill,decode")
 
     assert seen[:3] == [0, 1, 1]
+
+
+def test_a_calibration_that_cannot_be_kept_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(calibration.Calibration, "write", full)
+
+    assert main(["calibrate", "--model", "micro", "--lora-device", "cpu", "--pairs", "7"]) == 1
+    told = capsys.readouterr()
+    assert "equals differ by up to 0.0 %" in told.out
+    assert "kept in" not in told.out
+    assert "lora-bench: .lora_bench/calibration.json could not be written: No space left" in told.err
+
+
+@pytest.mark.parametrize(("kind", "code"), [("", 1), ("gpu_lost", 7)])
+def test_records_that_are_not_whole_are_told(
+    kind: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(_file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    if kind:
+        ScriptedServer.faults["head", "decode"] = Broken("head", kind, "it is gone")
+
+    assert run() == code
+    assert "lora-bench ab: they are not whole: " in capsys.readouterr().err
 
 
 def test_calibrations_of_one_machine_are_kept_together() -> None:
@@ -242,3 +282,11 @@ def test_what_is_no_calibration_is_refused(text: str, tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match=r"calibration\.json is no calibration"):
         calibration.read(path)
+
+
+def test_how_many_other_packages_differ_is_told() -> None:
+    sides: list[dict[str, Any]] = [{"packages": {"torch": version, "six": version, "attrs": "1"}} for version in "12"]
+
+    assert differences(*sides) == "torch 1 -> 2, 1 other package"
+    sides[1]["packages"]["attrs"] = "2"
+    assert differences(*sides) == "torch 1 -> 2, 2 other packages"

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
 
 from lora_bench import ending
+from lora_bench.bench import session as sessions
+from lora_bench.bench.workload import Row
 from lora_bench.report import lists
-from tests.faulty_runs import Bench
+from tests.faulty_runs import Bench, times
 from tests.pytest_runs import Run
 
 ROW = "separate[reference-decode-micro-fp32-r4-b2-s8]"
@@ -90,6 +96,45 @@ def test_nothing_of_github_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     assert "::" not in bench.run().text.partition("lora-bench =")[2]
     assert not (tmp_path / "summary.md").exists()
+
+
+@pytest.mark.parametrize("messages", [2, 3])
+def test_a_run_that_was_cut_off_says_how_to_go_on(
+    messages: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = iter(range(messages))  # a fingerprint and two timings; memory comes then
+
+    def interrupted(_: object, rows: list[Row], *__: object, **___: object) -> Iterator[Any]:
+        for message in times(rows):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            yield message
+
+    bench = Bench(tmp_path / "out", monkeypatch)
+    monkeypatch.setattr(sessions, "stream", interrupted)
+    cut_off = bench.run()
+    (path,) = (tmp_path / "out").glob("*.jsonl")
+
+    assert cut_off.code == pytest.ExitCode.INTERRUPTED
+    assert f"\nnot all was measured: --lora-resume {path.stem} goes on with it\n" in cut_off.text
+    monkeypatch.setattr(sessions, "stream", bench.stream)
+    bench.options.append(f"--lora-resume={path.stem}")
+    assert "not all was measured" not in bench.run().text
+
+
+def test_half_a_report_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = Path.write_text
+
+    def full(path: Path, text: str, **how: str) -> int:
+        write(path, text[:9], **how)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    bench = Bench(tmp_path / "out", monkeypatch)
+    monkeypatch.setattr(Path, "write_text", full)
+    found = bench.run()
+
+    assert re.search(r"^no \S+\.html: OSError: \[Errno 28\] No space left on device$", found.text, re.MULTILINE)
+    assert [path.suffix for path in (tmp_path / "out").iterdir()] == [".jsonl"]
 
 
 def test_a_report_that_fails_costs_nothing_but_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,9 @@ def test_the_settings_are_told_and_that_there_is_no_gpu(monkeypatch: pytest.Monk
 
     assert "lora-bench: device=cpu model=tiny dtype=fp32 batch=8 sequence=64 rank=4 adapters=8" in found.text
     assert "lora-bench: no CUDA device: a small model on the CPU; nothing here speaks of a GPU" in found.text
-    assert "no CUDA device" not in run(GPU, "--collect-only", "--lora-device=cpu").text
+    fewer = run(GPU, "--collect-only", "--lora-device=cpu", "--lora-targets=qv").text
+    assert "no CUDA device" not in fewer
+    assert "sequence=64 targets=qv rank=16 adapters=8" in fewer
 
 
 # --- unmeasured -----------------------------------------------------------------------------------------------------

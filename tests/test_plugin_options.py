@@ -40,6 +40,7 @@ REFUSED = {
     "timeout, no number": ("--lora-timeout=nan", "--lora-timeout must be at least 0, got nan"),
     "energy, too short": ("--benchmark --lora-energy=9", "--lora-energy must be 0 or at least 10 seconds, got 9"),
     "energy, no number": ("--benchmark --lora-energy=nan", "--lora-energy must be 0 or at least 10 seconds, got nan"),
+    "energy, without end": ("--benchmark --lora-energy=inf", "--lora-energy must be finite, got inf"),
     "resume, unmeasured": ("--lora-resume=absent", "--lora-resume needs --benchmark"),
     "batch": ("--lora-batch=0", "--lora-batch must be at least 1, got 0"),
     "sequence": ("--lora-sequence=1", "--lora-sequence must be at least 2, got 1"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from lora_bench.bench import records as recording
 from lora_bench.bench.records import SCHEMA, Records, command, read
 
 
@@ -89,6 +90,19 @@ def test_a_folder_that_is_gone_is_told_as_well(tmp_path: Path) -> None:
     assert records.unwritten == f"{records.path}: No such file or directory"
 
 
+def test_a_folder_that_can_no_longer_be_looked_into_is_told_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stat(*_: object, **__: object) -> os.stat_result:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    records = Records(tmp_path)
+    with monkeypatch.context() as gone:
+        gone.setattr(Path, "stat", stat)
+        records.append(quantity="plan")
+    assert records.unwritten == f"{records.path}: Stale file handle"
+
+
 # --- read and resumed -----------------------------------------------------------------------------------------------
 
 
@@ -137,6 +151,9 @@ def test_a_last_line_without_its_end_is_taken_away(tmp_path: Path, rest: str) ->
         (b'{"schema": 3, "quantity": "plan"}', "line 2, is of schema 3, wanted 2"),
         (b"\xff\xfe", " cannot be read: 'utf-8' codec can't decode"),
         (b"x" * 100, "line 2, is no record: '" + "x" * 60 + "'"),
+        (b"[" * 100_000, "line 2, is no record: '" + "[" * 60 + "'"),
+        (b'{"schema": 1, "quantity": "memory", "workload": [1]}', "line 2, is no record: unsupported operand"),
+        (b'{"schema": 1, "quantity": "memory"}', "line 2, is no record: it lacks 'workload'"),
     ],
 )
 def test_a_line_that_is_no_record_is_named_with_its_file(tmp_path: Path, line: bytes, message: str) -> None:
@@ -172,6 +189,22 @@ def test_a_run_that_cannot_be_gone_on_with_is_named(tmp_path: Path, resume: str,
         Records(tmp_path, resume.format(folder=tmp_path))
     assert str(error.value).startswith(message.format(folder=tmp_path))
     assert not (tmp_path / "absent.jsonl").exists()
+
+
+def test_a_run_whose_file_cannot_be_written_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = begun(tmp_path)
+    opened = Path.open
+
+    def read_only(path: Path, mode: str = "r", **how: Any) -> Any:
+        if mode not in ("r", "rb"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return opened(path, mode, **how)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    with pytest.raises(ValueError, match=rf"^{first.path} cannot be written: Read-only file system$"):
+        Records(tmp_path, first.run_id)
 
 
 # --- two processes --------------------------------------------------------------------------------------------------
@@ -255,3 +288,29 @@ def test_the_first_record_tells_the_command(tmp_path: Path) -> None:
     first, second = read(records.path)
     assert first["command"] == command(sys.orig_argv)
     assert "command" not in second
+
+
+@pytest.mark.parametrize(
+    ("began", "now", "told"),
+    [
+        ({"sha": "a" * 40, "dirty": False}, {"sha": "a" * 40, "dirty": False}, ""),
+        (None, None, ""),
+        (
+            {"sha": "a" * 40, "dirty": False},
+            {"sha": "b" * 40, "dirty": True},
+            "it began at commit aaaaaaaaaaaa, and here it is commit bbbbbbbbbbbb with changes",
+        ),
+        (None, {"sha": "b" * 40, "dirty": False}, "it began at no commit, and here it is commit bbbbbbbbbbbb"),
+    ],
+)
+def test_a_run_that_goes_on_elsewhere_in_the_history_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, began: Any, now: Any, told: str
+) -> None:
+    monkeypatch.setattr(recording, "git_state", lambda: began)
+    first = Records(tmp_path)
+    first.append(quantity="plan")
+    recording.unlock(first.path)
+    monkeypatch.setattr(recording, "git_state", lambda: now)
+
+    assert first.moved == ""
+    assert Records(tmp_path, first.run_id).moved == told

@@ -255,7 +255,10 @@ def test_a_subject_in_a_file_is_that_of_the_revision(
     def file(revision: revisions.Revision, name: str) -> Path:
         return revisions.file_in(revision, Path(name), tmp_path / "cache")
 
-    assert side_of("v1", repository, "harness.py:SUBJECT").subject == f"{file(old, 'harness.py')}:SUBJECT"
+    side = side_of("v1", repository, "harness.py:SUBJECT")
+    assert side.subject == f"{file(old, 'harness.py')}:SUBJECT"
+    assert file(old, "harness.py").is_relative_to(revisions.files_of(old, tmp_path / "cache"))
+    assert side.own == (side.path[0], str(revisions.files_of(old, repository.parent / "cache")))
     assert [file(revision, "harness.py").read_text() for revision in (old, new)] == ["FROM = 1\n", "FROM = 2\n"]
     assert file(old, "untracked.py") == repository / "untracked.py"
     assert file(old, "../outside.py") == tmp_path / "outside.py"

@@ -59,6 +59,24 @@ def test_what_a_subject_does_not_claim_is_no_fault_of_it(server: Server) -> None
     assert broken.value.kind == "not_offered"
 
 
+@pytest.mark.parametrize("own", [[], ["{home}"], ["{tmp}", "{home}"], ["{tmp}"]])
+def test_a_revision_of_which_nothing_is_imported_is_refused(server: Server, tmp_path: Path, own: list[str]) -> None:
+    (tmp_path / "other_project-1.dist-info").mkdir()
+    (tmp_path / "other_project-1.dist-info" / "METADATA").write_text("Name: other-project\nVersion: 1\n")
+    (tmp_path / "other_project-1.dist-info" / "RECORD").write_text("other_project.py,,\n")
+    workload = {"setup": "separate", "phase": "decode", "model": "linear-8x8", "dtype": "fp32", "rank": 1}
+    task = {"subject": "reference", "workload": {**workload, "batch": 1, "sequence": 2}, "device": "cpu"}
+    places = {"home": Path(__file__).parent.parent, "tmp": tmp_path}
+    worker = server.start({**task, "own": [each.format(**places) for each in own]})
+
+    if own != ["{tmp}"]:
+        assert worker.ready()["correctness"]
+        return
+    with pytest.raises(Broken, match="reference imports nothing of the revision, which has other_project: ") as broken:
+        worker.ready()
+    assert broken.value.kind == "not_used"
+
+
 @pytest.mark.parametrize("wish", [lambda worker: worker.time(), lambda worker: worker.ready()])
 def test_a_worker_that_ends_is_a_crash(wish: Callable[[Worker], object]) -> None:
     ours, theirs = Pipe()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -34,13 +35,17 @@ FINITE = ("launches", "memory", "energy", "ceilings", "correctness", "limits")
 """The fields in which every number is finite."""
 
 
+DEEPEST = 50
+"""How deep the objects and lists of a record may lie in each other; those that are written lie in 7."""
+
+
 def of_type(value: Any, kind: type, name: str) -> Any:
-    """The value, if it is of the type; a whole number is a float too, and a bool is no number.
+    """The value, if it is of the type; a whole number is a float too unless it is too large, and a bool is no number.
 
     Raises ValueError naming it and the value.
     """
     fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
-    if not fits:
+    if not fits or (isinstance(value, int) and abs(value) > sys.float_info.max):  # nothing could be reckoned with it
         raise ValueError(f"{name} must be {WORDS[kind]}, got {str(value)[:60]!r}")
     return value
 
@@ -66,10 +71,12 @@ def fingerprint_of(record: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def window_of(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What happened to the clocks, by a record or a row's JSON, with objects where it has names."""
+    """What happened to the clocks, by a record or a row's JSON: how far counters moved, what was not read, and why."""
     found: Mapping[str, Any] = of_type(record["window"], dict, "window")
-    for name in found.keys() & {"throttle_delta", "unavailable"}:
-        of_type(found[name], dict, f"window.{name}")
+    for name, kind in {"throttle_delta": float, "unavailable": str}.items():
+        for key, value in of_type(found.get(name, {}), dict, f"window.{name}").items():
+            of_type(value, kind, f"window.{name}.{key}")
+    of_type(found.get("seconds", 0.0), float, "window.seconds")
     return found
 
 
@@ -79,11 +86,14 @@ def check(record: Mapping[str, Any]) -> None:
     Raises ValueError naming what is of another type or not finite, and KeyError what is not there.
     """
     quantity = of_type(record["quantity"], str, "quantity")
+    _must_be_shallow(record)
     for name, kind in OF_ANY.items():
         if record.get(name) is not None:
             of_type(record[name], kind, name)
     if record.get("fingerprint"):
         fingerprint_of(record)
+    if record.get("git"):
+        of_type(record["git"]["sha"], str, "git.sha")
     for name, kind in FIELDS.get(quantity, {}).items():
         of_type(record[name], kind, name)
     for name in FINITE:
@@ -92,12 +102,23 @@ def check(record: Mapping[str, Any]) -> None:
         OWN[quantity](record)
 
 
+def _must_be_shallow(record: Mapping[str, Any]) -> None:
+    """Raise ValueError for what is nested deeper than any record: whoever goes through it may not come back."""
+    inner: list[Any] = [record]
+    for _ in range(DEEPEST):
+        below = (each.values() if isinstance(each, dict) else each for each in inner)
+        inner = [value for values in below for value in values if isinstance(value, dict | list)]
+        if not inner:
+            return
+    raise ValueError(f"a {record['quantity']} record is nested deeper than {DEEPEST}")
+
+
 def _finite(value: Any, name: str) -> None:
     if isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             _finite(inner, f"{name}.{key}")
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
+    elif isinstance(value, int | float) and not abs(value) <= sys.float_info.max:  # NaN is not, either
+        raise ValueError(f"{name} must be finite, got {str(value)[:60]}")
 
 
 def _plan(record: Mapping[str, Any]) -> None:
@@ -107,6 +128,8 @@ def _plan(record: Mapping[str, Any]) -> None:
 
 def _latency(record: Mapping[str, Any]) -> None:
     window_of(record)
+    if (apart := record.get("interleaved", True)) not in (True, False):
+        raise ValueError(f"interleaved must be true or false, got {apart!r}")
     for name, part in of_type(record.get("parts_seconds", {}), dict, "parts_seconds").items():
         for place, seconds in enumerate(of_type(part, list, f"parts_seconds.{name}")):
             if not 0 <= of_type(seconds, float, f"parts_seconds.{name}.{place}") < math.inf:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 SCHEMA = TODAY
+ROOM = 16 << 20
+"""Bytes that must be free where the records go: the largest matrix with all its samples takes less."""
 _locked: dict[Path, int] = {}
 """Of this process: the descriptors that hold the runs it writes. The system lets go of them when the process ends."""
 
@@ -32,7 +34,7 @@ class Records:
     file is locked until this process ends, however it ends.
 
     Raises OSError where the file cannot be made, and ValueError where there is no such run, or one that cannot be gone
-    on with: another process writes it, another schema, a line that is no record, no plan.
+    on with: another process writes it, it cannot be written, another schema, a line that is no record, no plan.
     """
 
     def __init__(self, folder: Path, resume: str | None = None) -> None:
@@ -53,27 +55,37 @@ class Records:
         self.run_id = self.path.stem
         self._common = {"schema": SCHEMA, "run_id": self.run_id, "git": git_state()}
 
+    @property
+    def moved(self) -> str:
+        """Where the working directory's commit is another than when the run began; empty where it is not."""
+        began, now = (_commit(each) for each in (self.earlier[-1:] and self.earlier[0].get("git"), self._common["git"]))
+        return f"it began at {began}, and here it is {now}" if self.earlier and began != now else ""
+
     def _mend(self) -> None:
-        """Take away the line that a killed run was writing."""
+        """Take away the line that a killed run was writing; ValueError where nothing could be written after it."""
         whole = self.path.read_bytes()
-        if whole[-1:] != b"\n":
+        try:
             with self.path.open("r+b") as file:
                 file.truncate(whole.rfind(b"\n") + 1)
+        except OSError as error:
+            raise ValueError(f"{self.path} cannot be written: {error.strerror}") from None
 
     def append(self, **fields: Any) -> None:
         """Write one record and force it to the disk; the first of a file tells the command as well."""
         record = self._common | {"time": datetime.now(UTC).isoformat(timespec="seconds")} | fields
-        size = self.path.stat().st_size if self.path.exists() else 0
-        record |= {} if size else {"command": command(sys.orig_argv)}
+        size = None
         try:
+            size = self.path.stat().st_size if self.path.exists() else 0
+            record |= {} if size else {"command": command(sys.orig_argv)}
             with self.path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             self.unwritten = self.unwritten or f"{self.path}: {error.strerror}"
-            with suppress(OSError):
-                os.truncate(self.path, size)  # or the next record would end a line that this one has begun
+            if size is not None:
+                with suppress(OSError):
+                    os.truncate(self.path, size)  # or the next record would end a line that this one has begun
 
 
 def command(arguments: Sequence[str]) -> str:
@@ -128,12 +140,14 @@ def read(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             _ = record["schema"], record["quantity"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f"{path}, line {number}, is no record: {line[:60]!r}") from None
         try:
             records.append(upgrade(record))
         except KeyError as error:
             raise ValueError(f"{path}, line {number}, is no record: it lacks {error}") from None
+        except TypeError as error:
+            raise ValueError(f"{path}, line {number}, is no record: {error}") from None
         except ValueError as error:
             raise ValueError(f"{path}, line {number}, {error}") from None
     return records
@@ -146,6 +160,11 @@ def git_state() -> dict[str, Any] | None:
         return {"sha": sha, "dirty": bool(_git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _commit(state: Any) -> str:
+    """What `git_state` told, in short."""
+    return f"commit {state['sha'][:12]}{' with changes' * bool(state.get('dirty'))}" if state else "no commit"
 
 
 def _git(*arguments: str) -> str:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping, Sequence
 
+    from lora_bench.bench.records import Records
     from lora_bench.bench.workload import Workload
     from lora_bench.commands.arguments import Verbs
     from lora_bench.gate.ab import Duel
@@ -59,11 +60,10 @@ def declare(verbs: Verbs) -> None:
 def ab(options: argparse.Namespace) -> int:
     """Print each comparison as it grows, and the verdicts; keep every sample."""
     from lora_bench.bench.records import Records
-    from lora_bench.ending import LOOSE
     from lora_bench.gate.ab import Duel, compare
     from lora_bench.gate.environments import describe, same
-    from lora_bench.gate.verdict import PASS, Comparison
-    from lora_bench.report.duels import heard, told
+    from lora_bench.gate.verdict import Comparison
+    from lora_bench.report.duels import heard
 
     output = writable(options.lora_output)
     device, workloads = scenarios.workloads(options)
@@ -95,16 +95,28 @@ def ab(options: argparse.Namespace) -> int:
     with scenarios.terminated_like_interrupted():
         try:
             compare(base, head, duels, device, pair_seconds=options.pair_seconds, hear=hear)
+        except (KeyboardInterrupt, SystemExit):
+            print(f"lora-bench ab: cut off; records: {records.path}", file=sys.stderr)
+            raise
         finally:
             for duel in [duel for duel in left if duel.comparison.attempts or duel.broken]:
                 keep(duel)
+    return conclude(duels, records, options.lora_on_inconclusive)
+
+
+def conclude(duels: Sequence[Duel], records: Records, on_inconclusive: str) -> int:
+    """Print the verdicts and where they are kept; the exit code, 1 where not all of them are."""
+    from lora_bench.ending import LOOSE
+    from lora_bench.gate.verdict import PASS
+    from lora_bench.report.duels import told
+
     for duel in duels:
         print("\n" + "\n".join(told(duel)))
     print("\n" + "\n".join(report(duels, records.path)))
+    code = exit_code(duels, on_inconclusive)
     if records.unwritten:
         print(f"lora-bench ab: they are not whole: {records.unwritten}", file=sys.stderr)
-        return FAILED
-    code = exit_code(duels, options.lora_on_inconclusive)
+        return code if code == LOST else FAILED
     if code == FINE and (open_ := sum(duel.verdict != PASS for duel in duels)):
         print(f"lora-bench ab: WARNING: {LOOSE.format(open_, len(duels))}", file=sys.stderr)
     return code
@@ -139,8 +151,8 @@ def differences(base: Mapping[str, Any], head: Mapping[str, Any]) -> str:
     libraries = {str(side.get("library")).partition(" ")[0] for side in (base, head)}
     first = [name for name in names if name in {*TOLD, *libraries}]
     told = [f"{name} {then.get(name, 'none')} -> {now.get(name, 'none')}" for name in sorted(first)]
-    others = [f"{len(names) - len(first)} other packages"] if len(first) < len(names) else []
-    return ", ".join(told + others)
+    others = len(names) - len(first)
+    return ", ".join([*told, *([f"{others} other package{'s' * (others > 1)}"] if others else [])])
 
 
 def limits(

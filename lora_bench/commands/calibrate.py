@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_bench.commands import scenarios
 from lora_bench.commands.ab import SUBJECT
-from lora_bench.commands.arguments import FINE, INCONCLUSIVE, LOST, at_least, output_option, writable
+from lora_bench.commands.arguments import FAILED, FINE, INCONCLUSIVE, LOST, at_least, not_kept, output_option, writable
 
 if TYPE_CHECKING:
     import argparse
@@ -57,6 +57,7 @@ def calibrate(options: argparse.Namespace) -> int:
     duels = [Duel(workload, Comparison(), wanted=options.pairs) for workload in workloads]
     print(f"{side.name} beside itself, {options.pairs} pairs for each workload; device={device}")
     measured: dict[str, Noise] = {}
+    whole = True
     with scenarios.terminated_like_interrupted():
         try:
             compare(
@@ -68,22 +69,24 @@ def calibrate(options: argparse.Namespace) -> int:
                 hear=lambda duel: print(f"  {heard(duel)}", flush=True),
             )
         finally:
-            measured = keep(path, side.subject, duels, earlier)
+            measured, whole = keep(path, side.subject, duels, earlier)
     for duel in duels:
         if duel.broken is not None:
             print(f"lora-bench calibrate: {label(duel.workload)}: {one_line(duel.broken)}", file=sys.stderr)
     print()
     for name, noise in measured.items():
         print(line(name, noise))
-    if measured:
+    if measured and whole:
         print(f"\nkept in {path}")
     if any(duel.lost for duel in duels):
         return LOST
+    if not whole:
+        return FAILED
     return FINE if len(measured) == len(duels) else INCONCLUSIVE
 
 
-def keep(path: Path, subject: str, duels: Sequence[Duel], earlier: Calibration | None) -> dict[str, Noise]:
-    """Write what was measured, beside what the file has of the same machine; what was measured, by row."""
+def keep(path: Path, subject: str, duels: Sequence[Duel], earlier: Calibration | None) -> tuple[dict[str, Noise], bool]:
+    """Write what was measured, beside what the file has of the same machine; what was, by row, and if it is written."""
     from lora_bench.bench.workload import Row
     from lora_bench.gate.calibration import LEAST, Calibration, noise_of
 
@@ -92,8 +95,12 @@ def keep(path: Path, subject: str, duels: Sequence[Duel], earlier: Calibration |
     if enough:
         hard = enough[0].told["base"]["fingerprint"]["hard"]
         known = dict(earlier.scenarios) if earlier is not None and earlier.hard == hard else {}
-        Calibration(hard, known | measured).write(path)
-    return measured
+        try:
+            Calibration(hard, known | measured).write(path)
+        except OSError as error:
+            not_kept(path, error)
+            return measured, False
+    return measured, True
 
 
 def line(name: str, noise: Noise) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lora_bench.case import DTYPES, FLAGS, KINDS, LETTERS, MODES
-from lora_bench.commands.arguments import FAILED, FINE, INCONCLUSIVE, at_least, output_option, writable
+from lora_bench.commands.arguments import FAILED, FINE, INCONCLUSIVE, at_least, kept, output_option, writable
 
 if TYPE_CHECKING:
     import argparse
@@ -71,6 +71,7 @@ def conform(options: argparse.Namespace) -> int:
     dockets = [Docket(subjects.find(text), address=text, **limits) for text in asked]
     print(arithmetic())
     verdicts: dict[str, list[Verdict]] = {}
+    whole = True
     for docket in dockets:
         print(docket.subject)
         own = verdicts[str(docket.subject)] = []
@@ -81,15 +82,17 @@ def conform(options: argparse.Namespace) -> int:
                 flush=True,
             )
         print()
-        (output / "conformance.json").write_text(json.dumps(as_json(verdicts), indent=1) + "\n", encoding="utf-8")
-        (output / "conformance.md").write_text(as_markdown(verdicts), encoding="utf-8")
+        texts = {"conformance.json": json.dumps(as_json(verdicts), indent=1) + "\n"}
+        texts["conformance.md"] = as_markdown(verdicts)
+        whole = all(kept(output / name, text) for name, text in texts.items())  # the last writes all of them
     found = [verdict for own in verdicts.values() for verdict in own]
     for verdict in found:
         if verdict.failed:
             print(verdict, end="\n\n")
     print(summary(found))
-    print(f"table and verdicts: {output / 'conformance.md'}, {output / 'conformance.json'}")
-    return exit_code(found)
+    if whole:
+        print(f"table and verdicts: {output / 'conformance.md'}, {output / 'conformance.json'}")
+    return exit_code(found) if whole else FAILED
 
 
 def arithmetic() -> str:

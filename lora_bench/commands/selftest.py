@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_bench.commands.arguments import FAILED, FINE, at_least, output_option, writable
+from lora_bench.commands.arguments import FAILED, FINE, at_least, kept, output_option, writable
 
 if TYPE_CHECKING:
     import argparse
@@ -56,6 +56,6 @@ def run(options: argparse.Namespace) -> int:
             if verdict.failed:
                 print(f"\nfalse alarm: {verdict}\n", flush=True)
     print(summary(hunts, right))
-    (output / "selftest.txt").write_text(summary(hunts, right) + "\n", encoding="utf-8")
+    whole = kept(output / "selftest.txt", summary(hunts, right) + "\n")
     survived = any(not each.killed for each in hunts) or (bool(hunts) and bool(idle(hunts)))
-    return FAILED if survived or any(verdict.failed for verdict in right) else FINE
+    return FAILED if survived or not whole or any(verdict.failed for verdict in right) else FINE

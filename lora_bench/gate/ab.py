@@ -22,7 +22,7 @@ ORDERS = [
     for forward in (("base", "head", "control"), ("head", "control", "base"), ("control", "base", "head"))
     for each in (forward, forward[::-1])
 ]
-NOT_JUDGED = ("not_offered", "gpu_lost", "protocol")
+NOT_JUDGED = ("not_offered", "not_used", "gpu_lost", "protocol")
 """Failures that say nothing against a side."""
 CHANCE = ("oom", "crashed", "timeout")
 """Failures that may be the machine's: they count when they come again, with the sides in the other order."""
@@ -169,7 +169,7 @@ def _pair(
     try:
         for name in order(number):
             task = {"subject": sides[name].subject, "workload": duel.workload.as_dict(), "device": device}
-            workers[name] = servers[name].start(task)
+            workers[name] = servers[name].start({**task, "own": sides[name].own})
             duel.told[name] = workers[name].ready()
         turns = Turns(workers, seed=number)
         turns.run(rounds_in(seconds, turns.round_seconds))

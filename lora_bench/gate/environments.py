@@ -50,6 +50,8 @@ class Side(NamedTuple):
     """The absolute path of the interpreter."""
     path: tuple[str, ...]
     """Folders that come before all others on its import path."""
+    own: tuple[str, ...] = ()
+    """Of a git revision, the folders with its files: what is measured must be imported from one of them."""
 
 
 def here(subject: str) -> Side:
@@ -88,7 +90,8 @@ def of_revision(revision: str, subject: str, *, repository: Path, cache: Path) -
     """The side that runs with this interpreter and a git revision of the project in `repository`, kept in `cache`.
 
     All but the project is the present environment's. A revision of lora-bench itself is measured by itself. A subject
-    `path.py:ATTR` whose file the revision holds is taken from it.
+    `path.py:ATTR` whose file the revision holds is taken from it. Whether the subject imports anything of the revision
+    is seen when it is built: a worker refuses the task where it does not.
 
     Raises ValueError where the revision is not there, cannot be built, or would not be what is imported.
     """
@@ -97,7 +100,8 @@ def of_revision(revision: str, subject: str, *, repository: Path, cache: Path) -
     if source.endswith(".py"):
         subject = f"{revisions.file_in(commit, Path(source), cache)}{colon}{attribute}"
     overlay = revisions.installed(commit, cache, *command(present))
-    side = Side(commit.name, subject, present.python, (str(overlay), *present.path))
+    own = str(overlay), str(revisions.files_of(commit, cache))
+    side = Side(commit.name, subject, present.python, (str(overlay), *present.path), own)
     for module, place in _ask(side)["elsewhere"].items():
         raise ValueError(
             f"{module} would be imported from {place or 'nowhere'}, and not from {commit.name} as installed"

@@ -161,11 +161,16 @@ def file_in(revision: Revision, file: Path, cache: Path) -> Path:
         if not file.is_file():
             raise ValueError(f"there is no file {file}, neither here nor in {revision.name}")
         return file
-    place = cache.resolve() / "files" / revision.sha / name
+    place = files_of(revision, cache) / name
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=place.parent, delete=False) as written:
         written.write(_git("-C", str(revision.top), "show", f"{revision.sha}:{name}").stdout)
     return Path(written.name).replace(place)
+
+
+def files_of(revision: Revision, cache: Path) -> Path:
+    """The folder for the single files of a revision."""
+    return cache.resolve() / "files" / revision.sha
 
 
 def _holds(top: Path, sha: str, name: str) -> bool:

@@ -15,10 +15,11 @@ import traceback
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from lora_bench.bench.arm import Step
 
@@ -30,6 +31,10 @@ class NotOffered(Exception):
     """The subject does not claim to do what is asked."""
 
 
+class NotUsed(Exception):
+    """Nothing of the revision is imported: it would be measured without its own code."""
+
+
 def send(connection: Connection, **message: Any) -> None:
     """Send a message."""
     connection.send_bytes(json.dumps(message).encode())
@@ -38,6 +43,9 @@ def send(connection: Connection, **message: Any) -> None:
 def receive(connection: Connection) -> Any:
     """Wait for a message; raises EOFError where the other end has gone."""
     return json.loads(connection.recv_bytes())
+
+
+KINDS: dict[type[Exception], str] = {NotOffered: "not_offered", NotUsed: "not_used"}
 
 
 def main(fd: int) -> None:
@@ -67,7 +75,7 @@ def main(fd: int) -> None:
 
 
 def _child(connection: Connection, task: dict[str, Any]) -> None:
-    from lora_bench.bench.measure import refusal_kind
+    from lora_bench.bench.ready import refusal_kind
 
     try:
         step, clock, device, told = _prepare(task)
@@ -78,8 +86,9 @@ def _child(connection: Connection, task: dict[str, Any]) -> None:
     except (EOFError, ConnectionError):  # whoever asked has gone
         return
     except Exception as error:  # noqa: BLE001  # a subject may raise anything: it becomes this side's failure
-        text = f"{type(error).__name__}: {error}"
-        kind = "not_offered" if isinstance(error, NotOffered) else refusal_kind(error)
+        kind = KINDS.get(type(error))
+        text = str(error) if kind else f"{type(error).__name__}: {error}"
+        kind = kind or refusal_kind(error)
         send(connection, failed=kind, text=text, detail=traceback.format_exc())
 
 
@@ -91,7 +100,7 @@ def _prepare(task: dict[str, Any]) -> tuple[Step, Callable[[Callable[[], object]
         from lora_bench.gate.operation import products
 
         return products(task["products"], seldom=task["seldom"]), wall_clock, "cpu", {}
-    from lora_bench.bench import measure
+    from lora_bench.bench import measure, ready
     from lora_bench.bench.machine import fingerprint
     from lora_bench.bench.scenario import reason_to_skip
     from lora_bench.bench.workload import Row, Workload
@@ -100,12 +109,23 @@ def _prepare(task: dict[str, Any]) -> tuple[Step, Callable[[Callable[[], object]
     if reason := reason_to_skip(row, device):
         raise NotOffered(reason)
     measure.settle_threads(device)
-    base = measure.build_base(row, device)
-    subject, arm = measure.build(base, row)
-    step, proof = measure.ready_row(row, subject, arm)
+    base = ready.build_base(row, device)
+    subject, arm = ready.build(base, row)
+    step, proof = ready.ready_row(row, subject, arm)
+    _must_be_used(task.get("own", []), row.subject)
     arm.controls = {}  # what judged it would be weighed with it
     told = {"fingerprint": fingerprint(device), "correctness": proof._asdict() if proof else None}
     return step, clock_of(device), device, told
+
+
+def _must_be_used(own: Sequence[str], subject: str) -> None:
+    """Raise NotUsed where a revision has files of its own, and what was built has imported none of them."""
+    from lora_bench.gate.inside import put_first
+
+    files = [file for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))]
+    if own and not any(Path(file).is_relative_to(folder) for file in files for folder in own):
+        has = ", ".join(put_first(list(own)))
+        raise NotUsed(f"{subject} imports nothing of the revision, which has {has}: it would be the same in any other")
 
 
 def _serve(connection: Connection, step: Step, clock: Callable[[Callable[[], object]], float], device: str) -> None:

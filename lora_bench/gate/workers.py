@@ -36,8 +36,8 @@ MOST_ROUNDS = 300
 class Broken(Exception):
     """A worker that can go on no more.
 
-    kind: "wrong", "oom", "crashed", "timeout", "gpu_lost", "error", "not_offered", or "protocol" where the side's
-    lora-bench is too old or too new to be asked.
+    kind: "wrong", "oom", "crashed", "timeout", "gpu_lost", "error", "not_offered", "not_used" where nothing of a
+    git revision was imported, or "protocol" where the side's lora-bench is too old or too new to be asked.
     """
 
     def __init__(self, side: str, kind: str, text: str) -> None:
