@@ -1,12 +1,22 @@
 """Hypothesis profiles: "ci" by default; HYPOTHESIS_PROFILE or --hypothesis-profile names another."""
 
+import gc
 import os
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50)
 settings.register_profile("nightly", deadline=None, max_examples=2000, print_blob=True)
+
+
+@pytest.fixture(autouse=True)
+def frozen() -> Iterator[None]:
+    """As in a worker: what is there already is no garbage, and to look through it at each collection takes long."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

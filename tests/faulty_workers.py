@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from lora_bench.bench import measure
+from lora_bench.bench import measure, ready, turns
 from lora_bench.bench.counts import Ceilings
 from lora_bench.bench.workload import BASE
 
@@ -17,10 +17,10 @@ def compare(*arguments: Any) -> Iterator[Any]:
 
 
 def compare_without_base(*arguments: Any) -> Iterator[Any]:
-    build = measure.build
+    build = ready.build
 
     def exits(base: Any, row: Any) -> Any:
         return os._exit(3) if row.subject == BASE else build(base, row)
 
-    vars(measure)["build"] = exits
+    vars(turns)["build"] = exits
     yield from compare(*arguments)

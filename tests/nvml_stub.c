@@ -68,7 +68,7 @@ const char *nvmlErrorString(int code) { (void)code; return "an error that the st
 
 int nvmlSystemGetDriverVersion(char *version, unsigned length) {
     MAY_FAIL;
-    snprintf(version, length, "580.1");
+    snprintf(version, length, "580.%llu", get("driver"));
     return SUCCESS;
 }
 

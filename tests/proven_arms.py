@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from lora_bench.bench import measure
+from lora_bench.bench import ready
 from lora_bench.bench.arm import Arm, build_arm
 from lora_bench.bench.result import Proof
 from lora_bench.bench.workload import TARGETS, Row, Workload
@@ -32,7 +32,7 @@ def row_of(setup: str, phase: str, dtype: str = "fp32") -> Row:
 
 @cache
 def base_of(dtype: str) -> Any:
-    return measure.build_base(row_of("separate", "prefill", dtype), "cpu")
+    return ready.build_base(row_of("separate", "prefill", dtype), "cpu")
 
 
 def arm_of(subject: Subject, row: Row) -> Arm:
@@ -42,7 +42,7 @@ def arm_of(subject: Subject, row: Row) -> Arm:
 
 def proven(subject: Subject, setup: str, phase: str, dtype: str = "fp32") -> Proof:
     row = row_of(setup, phase, dtype)
-    _, found = measure.ready_row(row, subject, arm_of(subject, row))
+    _, found = ready.ready_row(row, subject, arm_of(subject, row))
     assert found is not None
     return found
 

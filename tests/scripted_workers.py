@@ -10,9 +10,9 @@ import pytest
 from lora_bench.bench import measure
 from lora_bench.bench import session as sessions
 from lora_bench.bench.isolate import Failure
-from lora_bench.bench.measure import Timing
 from lora_bench.bench.result import Proof
 from lora_bench.bench.sampling import Samples
+from lora_bench.bench.turns import Timing
 from lora_bench.bench.workload import BASE, Row
 
 ROUNDS = 7

@@ -39,7 +39,7 @@ def said(findings: dict[str, Finding], quantity: str) -> tuple[str, str]:
 @pytest.mark.parametrize(
     ("cuda", "count", "device", "why"),
     [
-        (None, 0, "cpu", "is built without CUDA; everything is timed and weighed on the CPU"),
+        (None, 0, "cpu", "is built without CUDA: the CPU alone can be timed and weighed"),
         ("13.0", 0, "cuda", "sees no CUDA device"),
         ("13.0", 2, "cuda:2", "sees 2 CUDA devices, and cuda:2 is asked for"),
         ("13.0", 1, "cpu", "sees 1 CUDA device, and cpu is asked for"),
@@ -185,6 +185,8 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.
     )
     assert found(folder=tmp_path / "new" / "out")["output folder"].answer == "yes"
     assert not (tmp_path / "new").exists(), "it is not made"
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=15 << 20))
+    assert said(found(folder=tmp_path), "output folder") == ("no", f"15 MiB free for {tmp_path}, wanted 16 MiB")
 
 
 def test_a_kernel_that_counts_no_switches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ def test_a_gpu_that_tells_everything(library: PythonLibrary) -> None:
     assert said(findings, "MIG") == ("no", "the GPU is one piece")
     assert said(findings, "settings") == (
         "yes",
-        "driver 580.1, compute mode exclusive process, ECC on, persistence off",
+        "driver 580.82, compute mode exclusive process, ECC on, persistence off",
     )
     for quantity in ("device events", "CUDA graphs", "memory per process", "energy", "throttle counters"):
         assert findings[quantity].answer == "yes"

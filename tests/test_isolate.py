@@ -4,6 +4,8 @@ import math
 import operator
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Generator, Iterator
 from itertools import count, starmap
@@ -154,6 +156,8 @@ def test_without_seconds_it_may_take_as_long_as_it_likes(monkeypatch: pytest.Mon
         (torch.OutOfMemoryError("CUDA out of memory"), "oom"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"), "oom"),
         (RuntimeError("CUDA error: out of memory"), "oom"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "oom"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"), "error"),
         (RuntimeError("the queue is out of memory"), "error"),
         (GpuLost("GPU-0", "nvmlInit", "GPU is lost"), "gpu_lost"),
         (RuntimeError("CUDA error: no CUDA-capable device is detected\nCUDA kernel errors"), "gpu_lost"),
@@ -214,3 +218,10 @@ def test_whoever_stops_listening_leaves_no_worker_behind() -> None:
     pids.close()
 
     assert gone(pid)
+
+
+def test_what_workers_import_first_says_nothing(tmp_path: Path) -> None:
+    script = "import lora_bench.bench.preload, sys; sys.exit('lora_bench.bench.measure' not in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from lora_bench.bench import measure
+from lora_bench.bench import measure, ready, turns
 from lora_bench.bench.arm import Arm, build_arm
 from lora_bench.bench.counts import Ceilings
-from lora_bench.bench.measure import Progress, Refusal, Timing
 from lora_bench.bench.nvml import GpuLost
 from lora_bench.bench.proof import Wrong
 from lora_bench.bench.sampling import LEAST_ROUNDS, Samples
+from lora_bench.bench.turns import Progress, Refusal, Timing
 from lora_bench.bench.workload import BASE, Row
 from tests.faulty_subjects import FAULTY
 from tests.micro_rows import row, with_bases
@@ -106,7 +106,7 @@ def test_a_row_is_not_refused_before_the_device_has_been_found_in_order(monkeypa
     def release(_device: str) -> None:
         raise RuntimeError("CUDA error: unspecified launch failure")
 
-    monkeypatch.setattr(measure, "_release", release)
+    monkeypatch.setattr(turns, "release", release)
     messages: list[Any] = []
     with pytest.raises(RuntimeError, match="unspecified launch failure"):
         messages.extend(measure.compare(with_bases(row(f"{PLANTED}:RAISES", "separate", "decode")), "cpu", 0.0))
@@ -134,7 +134,7 @@ def test_without_its_base_a_row_is_timed_alone(monkeypatch: pytest.MonkeyPatch) 
             raise torch.OutOfMemoryError("full fine-tuning is too much")
         return build_arm(model, subject, *arguments, **keywords)
 
-    monkeypatch.setattr(measure, "build_arm", build)
+    monkeypatch.setattr(ready, "build_arm", build)
     good = row("reference", "separate", "train")
     messages = compared(good)
 
@@ -153,7 +153,7 @@ def test_arms_that_do_not_fit_together_take_turns_with_a_base_of_their_own(
         built.append(1)
         return original(*arguments)
 
-    original = measure.build_base
+    original = ready.build_base
     monkeypatch.setattr(measure, "build_base", build_base)
     monkeypatch.setattr(measure, "free_bytes", lambda _: 0)
     rows = [row(subject, "separate", phase) for subject in ("reference", "peft")]
@@ -180,7 +180,7 @@ def test_arms_that_do_not_fit_together_take_turns_with_a_base_of_their_own(
     ],
 )
 def test_failures_are_told_apart(error: Exception, kind: str) -> None:
-    assert measure.refusal_kind(error) == kind
+    assert ready.refusal_kind(error) == kind
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_where_a_device_s_memory_ran_out_its_peak_is_told(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", {"cuda:1": 1 << 30}.__getitem__)
 
-    assert measure.told(error, device) == text
+    assert ready.told(error, device) == text
 
 
 def test_a_gpu_that_is_lost_while_building_ends_the_comparison() -> None:
@@ -216,8 +216,8 @@ def test_a_device_that_is_out_of_order_after_a_failure_ends_the_comparison(monke
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("empty"))
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        measure._release("cuda:1")
-    measure._release("cpu")
+        ready.release("cuda:1")
+    ready.release("cpu")
 
     assert done == ["empty", "cuda:1"]
 

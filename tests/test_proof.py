@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_bench import bounds
 from lora_bench.bench import arm as arms
-from lora_bench.bench import measure, proof
+from lora_bench.bench import proof, ready
 from lora_bench.bench.arm import build_arm
 from lora_bench.bench.proof import Wrong
 from lora_bench.bench.result import Proof
@@ -58,7 +58,7 @@ def test_a_merge_that_changes_nothing_is_none() -> None:
 def test_a_base_has_nothing_to_prove() -> None:
     row = row_of("separate", "prefill").base()
 
-    step, found = measure.ready_row(row, None, build_arm(base_of("fp32"), None, row.workload))
+    step, found = ready.ready_row(row, None, build_arm(base_of("fp32"), None, row.workload))
     assert found is None
     assert step.run() is not None
 
@@ -69,7 +69,7 @@ def test_a_layer_that_never_runs_is_named() -> None:
     arm.layers["model.unused"] = nn.Linear(2, 2)
 
     with pytest.raises(Wrong, match=r"^model\.unused was adapted but never ran$"):
-        measure.ready_row(row, REFERENCE, arm)
+        ready.ready_row(row, REFERENCE, arm)
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-9])

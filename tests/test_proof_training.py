@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from torch.nn import functional
 
-from lora_bench.bench import measure
+from lora_bench.bench import ready
 from lora_bench.bench.proof import Wrong
 from lora_bench.reference import REFERENCE, LoraLinear
 from lora_bench.spec import LoraSpec
@@ -85,4 +85,4 @@ def test_what_trains_elsewhere_in_the_model_is_named() -> None:
     with pytest.raises(
         Wrong, match=r"^model\.embed_tokens\.weight trains, wanted A and B of the adapted layers alone$"
     ):
-        measure.ready_row(row, REFERENCE, arm)
+        ready.ready_row(row, REFERENCE, arm)

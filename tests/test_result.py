@@ -68,6 +68,32 @@ def test_a_row_is_pending_until_it_has_times_or_has_failed(result: Result, measu
     assert (result.measured, result.pending) == (measured, pending)
 
 
+def bracketed(own: Samples, base: Samples) -> Result:
+    return Result(ONE, own._replace(turns=[1] * len(own.seconds)), base, interleaved=False)
+
+
+def around(before: Samples, after: Samples) -> Samples:
+    turns = [0] * len(before.seconds) + [2] * len(after.seconds)
+    return Samples(before.seconds + after.seconds, turns, before.interrupted + after.interrupted)
+
+
+def test_between_two_runs_of_its_base_a_row_s_own_rounds_count_and_theirs_apart() -> None:
+    own = samples(*[3.0] * 10, 99.0, interrupted=(10,))
+    base = around(samples(*[1.0] * 12, 77.0, interrupted=(12,)), samples(55.0, *[2.0] * 10, interrupted=(0,)))
+    result = bracketed(own, base)
+
+    assert result.rounds == list(range(10))
+    assert result.ratio is not None
+    assert result.ratio[:3] == (2.0, 1.5, 3.0)
+
+
+def test_a_run_of_the_base_that_was_nearly_always_interrupted_counts_whole() -> None:
+    result = bracketed(samples(*[3.0] * 10), around(samples(*[1.0] * 9, 3.0, interrupted=(9,)), samples(*[1.0] * 10)))
+
+    assert result.ratio is not None
+    assert result.ratio.low == 1.0
+
+
 # --- recorded -------------------------------------------------------------------------------------------------------
 
 
@@ -106,6 +132,29 @@ def test_a_result_survives_its_records() -> None:
     assert recorded([plan]) == {}
 
 
+def test_so_does_one_whose_base_ran_around_it() -> None:
+    result = bracketed(samples(*[3.0] * 10), around(samples(*[1.0] * 10), samples(*[2.0] * 11)))
+
+    assert recorded([record(ONE, result.timed())]) == {ONE: result}
+    # What was written before there were such is interleaved.
+    assert recorded([record(ONE, {k: v for k, v in whole().timed().items() if k != "interleaved"})])[ONE].interleaved
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"base_order": [0] * 21}, f"{ONE}: a base around it must have the turns 0 and 2, got [0, 0, 0"),
+        ({"interleaved": True}, f"{ONE}: it and its base must have equally many samples, got 10 and 21"),
+        ({"interleaved": "no"}, "interleaved must be true or false, got 'no'"),
+    ],
+)
+def test_what_no_bracket_can_be_is_refused(fields: dict[str, Any], why: str) -> None:
+    result = bracketed(samples(*[3.0] * 10), around(samples(*[1.0] * 10), samples(*[2.0] * 11)))
+
+    with pytest.raises(ValueError, match=re.escape(why)):
+        recorded([record(ONE, result.timed() | fields)])
+
+
 @pytest.mark.parametrize("kind", ["wrong", "oom", "crashed", "timeout", "error"])
 def test_so_does_a_failure(kind: str) -> None:
     failed = Result(ONE, kind=kind, failure=f"{kind}: why")
@@ -139,7 +188,7 @@ def test_a_record_that_is_none_is_named(number: int, change: dict[str, Any], mes
 
 
 @pytest.mark.parametrize("of", ["", "base_"])
-@pytest.mark.parametrize("seconds", [math.nan, 0.0, -1.0, math.inf, "1.0", True, None])
+@pytest.mark.parametrize("seconds", [math.nan, 0.0, -1.0, math.inf, 10**400, "1.0", True, None])
 def test_a_sample_that_no_clock_can_have_read_is_named_with_its_row(of: str, seconds: Any) -> None:
     broken = records(whole())[0]
     broken[f"{of}samples_seconds"][5] = seconds

@@ -150,9 +150,16 @@ def test_every_step_changes_its_place_every_other_round_held_as_well(
     ],
 )
 def test_it_warms_up_until_a_round_is_no_longer_faster(alone: Turns, readings: list[float], rounds: int) -> None:
-    alone.take(itertools.chain(readings, itertools.repeat(2.0)))
+    alone.take(itertools.chain(readings, itertools.repeat(2.0)), budget_seconds=float(MOST_WARM_UP_ROUNDS))
 
     assert len(alone.rounds()) == rounds + LEAST_ROUNDS
+
+
+@pytest.mark.parametrize(("budget", "rounds"), [(0.0, WARM_UP_ROUNDS), (3.0, 3), (5.0, 5), (99.0, MOST_WARM_UP_ROUNDS)])
+def test_warming_up_takes_no_longer_than_all_was_to_take(alone: Turns, budget: float, rounds: int) -> None:
+    samples = alone.take(map(float, range(1000, 1, -1)), budget_seconds=budget, steady=False)["a"]
+
+    assert samples.seconds[0] == 1000.0 - rounds
 
 
 @pytest.mark.parametrize(

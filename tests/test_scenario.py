@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lora_bench import subjects
-from lora_bench.bench import measure, scenario
+from lora_bench.bench import ready, scenario
 from lora_bench.bench.scenario import Workshop, reason_to_skip
 from lora_bench.bench.workload import BASE, Row, Workload
 from lora_bench.reference import REFERENCE
@@ -105,13 +105,13 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
 
     def note(name: str) -> None:
-        original = getattr(measure, name)
+        original = getattr(ready, name)
 
         def build(*arguments: Any) -> Any:
             names.append(name)
             return original(*arguments)
 
-        monkeypatch.setattr(measure, name, build)
+        monkeypatch.setattr(ready, name, build)
 
     note("build_base")
     note("build")

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from lora_bench.bench.counts import Ceilings, count, reconciled
-from lora_bench.bench.measure import Progress, Refusal
 from lora_bench.bench.records import Records, read
 from lora_bench.bench.session import SECONDS, Session
+from lora_bench.bench.turns import Progress, Refusal
 from lora_bench.bench.workload import Row, Workload
 from tests.micro_rows import row
 from tests.scripted_workers import (
@@ -285,6 +285,13 @@ def test_every_measurement_is_a_record_with_device_fingerprint_and_raw_samples(
     assert records[3]["memory"] == MEMORY
 
 
+def test_every_planned_row_has_a_result_before_it_is_reached(session: Session, workers: Workers) -> None:
+    session.plan([ONE, TWO])
+
+    assert [session.results[of].pending for of in (ONE, TWO)] == [True, True]
+    assert not session.settled(ONE)
+
+
 def test_what_is_done_is_told(session: Session, workers: Workers, told: list[str]) -> None:
     workers.comparisons = [says(FINGERPRINT, Progress("timing decode"), *map(timing, (ONE, TWO, BASE)))]
     session.result(ONE)
@@ -308,6 +315,7 @@ def test_what_goes_beside_the_samples_is_json_and_says_all(session: Session, wor
         "fingerprint": FINGERPRINT,
         "tokens_per_second": 2.0,
         "ratio_to_base": {"median": 2.0, "low": 2.0, "high": 2.0, "confidence": 0.95},
+        "interleaved": True,
         "interleaved_with": [str(ONE)],
         "percentiles_seconds": {"p50": 1.0},
         "parts_seconds": {},

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from lora_bench.bench.counts import Ceilings
-from lora_bench.bench.measure import Launches
 from lora_bench.bench.records import Records, read
 from lora_bench.bench.session import Session
+from lora_bench.bench.turns import Launches
 from tests.micro_rows import row
 from tests.scripted_workers import FINGERPRINT, ROUNDS, Workers, dies, says, timing, workers
 

@@ -19,9 +19,9 @@ import pytest
 from lora_bench.bench import records as recording
 from lora_bench.bench import session as sessions
 from lora_bench.bench.counts import Ceilings
-from lora_bench.bench.measure import Refusal
 from lora_bench.bench.records import Records, read
 from lora_bench.bench.session import Session
+from lora_bench.bench.turns import Refusal
 from lora_bench.bench.workload import Row, Workload
 from tests import scripted_workers
 from tests.micro_rows import row, with_bases

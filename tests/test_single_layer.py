@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_bench.bench import measure
+from lora_bench.bench import ready
 from lora_bench.bench.arm import make_step
 from lora_bench.bench.memory import saved_tensor_bytes
 from lora_bench.bench.proof import Wrong
@@ -33,9 +33,9 @@ def test_it_is_proven_and_run(name: str, setup: str, phase: str) -> None:
     own = of_layer(name, setup, phase)
     if reason := reason_to_skip(own, "cpu"):
         pytest.skip(reason)
-    base = measure.build_base(own, "cpu")
-    subject, arm = measure.build(base, own)
-    step, proof = measure.ready_row(own, subject, arm)
+    base = ready.build_base(own, "cpu")
+    subject, arm = ready.build(base, own)
+    step, proof = ready.ready_row(own, subject, arm)
 
     assert list(arm.layers) == ["linear"]
     assert proof is not None
@@ -53,9 +53,9 @@ def test_it_is_proven_and_run(name: str, setup: str, phase: str) -> None:
 @pytest.mark.parametrize("phase", ["prefill", "decode", "train"])
 def test_the_base_is_the_layer_itself(phase: str) -> None:
     own = of_layer("reference", "separate", phase).base()
-    _, arm = measure.build(measure.build_base(own, "cpu"), own)
+    _, arm = ready.build(ready.build_base(own, "cpu"), own)
     before = [parameter.clone() for parameter in arm.model.parameters()]
-    step, proof = measure.ready_row(own, None, arm)
+    step, proof = ready.ready_row(own, None, arm)
 
     assert (own.subject, proof) == (BASE, None)
     assert torch.equal(before[0], next(arm.model.parameters())) == (phase != "train")
@@ -65,7 +65,7 @@ def test_the_base_is_the_layer_itself(phase: str) -> None:
 
 def test_a_training_step_moves_a_and_b_and_leaves_no_gradient_behind() -> None:
     own = of_layer("reference", "separate", "train")
-    subject, arm = measure.build(measure.build_base(own, "cpu"), own)
+    subject, arm = ready.build(ready.build_base(own, "cpu"), own)
     assert isinstance(subject, Subject)
     step = make_step(arm, own.workload)
     before = {name: parameter.clone() for name, parameter in arm.model.named_parameters()}
@@ -82,7 +82,7 @@ def test_a_training_step_moves_a_and_b_and_leaves_no_gradient_behind() -> None:
 
 def test_a_layer_that_is_not_lora_is_found_out() -> None:
     own = of_layer(f"{PLANTED}:DROPPED", "separate", "prefill")
-    subject, arm = measure.build(measure.build_base(own, "cpu"), own)
+    subject, arm = ready.build(ready.build_base(own, "cpu"), own)
 
     with pytest.raises(Wrong, match=r"^linear: found"):
-        measure.ready_row(own, subject, arm)
+        ready.ready_row(own, subject, arm)

@@ -12,8 +12,8 @@ from lora_bench import REFERENCE
 from lora_bench.bench import switch as switching
 from lora_bench.bench.arm import Arm, build_arm, make_step
 from lora_bench.bench.clock import wall_clock
-from lora_bench.bench.measure import build_base
 from lora_bench.bench.proof import Wrong, prove_switched
+from lora_bench.bench.ready import build_base
 from lora_bench.bench.workload import BASE, Row, verbs
 from lora_bench.subject import Subject
 from tests.micro_rows import row

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lora_bench.bench.clocks import USUAL
 from lora_bench.bench.counts import Ceilings
 from lora_bench.bench.records import Records
 from lora_bench.bench.result import Result
@@ -139,6 +140,15 @@ device=cuda:0"""
     assert "graph: replays of a CUDA graph, ms;" in " ".join(text.split())
 
 
+def test_how_long_a_gpu_kept_to_its_power_limit_is_told_and_nothing_where_it_never_did(tmp_path: Path) -> None:
+    one, other = result(BASE_ROW, 2e-3), result(row("one", "merged"), 2e-3)
+    told = "the GPU kept to its power limit, at lower clocks, for up to"
+    one.window, other.window = ({"throttle_delta": {USUAL: held}, "seconds": 2.0} for held in (500_000_000, 0))
+
+    assert f"{told} 25% of a comparison's time" in " ".join(render(session(tmp_path, one, other)).split())
+    assert told not in " ".join(render(session(tmp_path, other)).split())
+
+
 def test_a_column_of_reasons_alone_is_none(tmp_path: Path) -> None:
     told = looked(result(BASE_ROW, 2e-3), graph_seconds="unavailable (only decoding is captured)")
 
@@ -169,6 +179,21 @@ def test_without_any_memory_the_table_says_so(tmp_path: Path) -> None:
     text = render(session(tmp_path, result(BASE_ROW, 2e-3, attribution="unavailable (oom)")))
 
     assert " ".join(text.split()).endswith("MiB: n/a, and the records say why.")
+
+
+def test_before_anything_is_weighed_nothing_is_said_of_the_records(tmp_path: Path) -> None:
+    cut_off = result(BASE_ROW, 2e-3)
+    cut_off.memory = {}
+
+    assert " ".join(render(session(tmp_path, cut_off)).split()).endswith("MiB: not measured.")
+
+
+def test_which_layers_are_adapted_is_in_the_title_and_a_single_layer_reads_rows(tmp_path: Path) -> None:
+    text = render(session(tmp_path, result(BASE_ROW, 2e-3), result(row("peft", "separate", targets="qv"), 3e-3)))
+    alone = Row(BASE, Workload(BASE, "prefill", "linear-8x16", "fp32", rank=0, batch=2, sequence=8))
+
+    assert text.startswith("decode: micro fp32, targets qv, batch 2 x 8 tokens, device=cpu\n")
+    assert render(session(tmp_path, result(alone, 2e-3))).startswith("prefill: linear-8x16 fp32, batch 2 x 8 rows,")
 
 
 @pytest.mark.parametrize(
@@ -261,7 +286,24 @@ def test_joules_have_a_column_where_they_were_measured(tmp_path: Path) -> None:
     with_joules.energy = {"joules_per_token": 0.01234, "validity": "verified"}
     unsure = result(row("peft", "merged"), 2e-3)
     unsure.energy = {"joules_per_token": 5.0, "validity": "unverified: no power"}
-    lines = render(session(tmp_path, with_joules, unsure)).splitlines()
+    text = render(session(tmp_path, with_joules, unsure))
+    lines = text.splitlines()
 
+    assert "?: not verified" in text
+    assert "?" not in render(session(tmp_path, with_joules))
     assert lines[1].split()[-2:] == ["J/token", "samples"]
     assert [line.split()[-2] for line in lines[2:4]] == ["0.0123", "5?"]
+
+
+def test_a_ratio_to_a_base_that_ran_around_the_row_is_marked_and_ranked_with_nobody(tmp_path: Path) -> None:
+    def apart(subject: str, seconds: float) -> Result:
+        base = Samples([2e-3] * 20, [0] * 10 + [2] * 10, [False] * 20)
+        return Result(row(subject, "separate"), samples([seconds] * 10), base, interleaved=False)
+
+    text = render(session(tmp_path, result(BASE_ROW, 2e-3), apart("reference", 3e-3), apart("peft", 4e-3)))
+
+    assert "  1.500 [1.500, 1.500]~  " in text
+    assert "~: not interleaved, its base ran before and after it" in " ".join(text.split())
+    assert "not timed in the rounds of the others" in text
+    plain = render(session(tmp_path, result(BASE_ROW, 2e-3), result(row("peft", "separate"), 3e-3)))
+    assert "~" not in plain

@@ -98,6 +98,21 @@ def test_a_row_s_base_is_the_same_model_in_the_same_phase_without_an_adapter() -
     assert row.base().comparison == row.comparison
 
 
+def test_two_arms_that_are_measured_apart_have_two_names() -> None:
+    changes: list[dict[str, Any]] = [
+        {"setup": "batched", "adapters": 8, "popularity": "zipf"},
+        {"setup": "batched", "adapters": 8},
+        {"setup": "batched", "adapters": 8, "phase": "switch"},
+        {"rank": 8},
+        {},
+    ]
+    rows = [Row("peft", replace(SEPARATE, **change)) for change in changes]
+
+    assert len({row.arm for row in rows}) == len({row.arm_name for row in rows}) == len(rows)
+    assert rows[0].arm_name == "peft batched r4 n8 zipf"
+    assert rows[2].arm_name == "peft batched r4 n8 to switch"
+
+
 def test_a_switch_is_compared_with_a_token_that_the_base_reads() -> None:
     switch = Row("peft", replace(SEPARATE, phase="switch"))
 

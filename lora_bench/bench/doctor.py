@@ -20,6 +20,7 @@ from lora_bench.bench.finding import Finding
 from lora_bench.bench.memory import reset_resident_peak, resident_peak
 from lora_bench.bench.meter import rapl_meter
 from lora_bench.bench.nvml import GpuLost, Unavailable
+from lora_bench.bench.records import ROOM
 from lora_bench.bounds import Arithmetic
 
 PROC, CGROUP, CPUS = Path("/proc"), Path("/sys/fs/cgroup"), Path("/sys/devices/system/cpu")
@@ -51,7 +52,7 @@ def _device(device: str) -> list[Finding]:
 
 def _no_gpu(device: str) -> Finding:
     if torch.version.cuda is None:
-        why = f"torch {torch.__version__} is built without CUDA; everything is timed and weighed on the CPU"
+        why = f"torch {torch.__version__} is built without CUDA: the CPU alone can be timed and weighed"
         return Finding("GPU", "GPU", "no", why, "where there is one: install torch with CUDA (pytorch.org)")
     count = torch.cuda.device_count()
     why = f"torch {torch.__version__} sees {count or 'no'} CUDA device{'s' * (count > 1)}"
@@ -191,10 +192,13 @@ def _container() -> Finding:
 
 def _disk(folder: Path) -> Finding:
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = f"{_gib(shutil.disk_usage(there).free)} free for {folder}"
+    free = shutil.disk_usage(there).free
+    why = "" if free >= ROOM else f"{free >> 20} MiB free for {folder}, wanted {ROOM >> 20} MiB"
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        return Finding("machine", "output folder", "no", f"{there} cannot be written to", "--lora-output FOLDER")
-    return Finding("machine", "output folder", "yes", free)
+        why = f"{there} cannot be written to"
+    if why:
+        return Finding("machine", "output folder", "no", why, "--lora-output FOLDER")
+    return Finding("machine", "output folder", "yes", f"{_gib(free)} free for {folder}")
 
 
 def _software() -> list[Finding]:

@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from multiprocessing.process import BaseProcess
 
-PRELOAD = ["torch", "transformers.models.llama.modeling_llama", "lora_bench.bench.measure"]
+PRELOAD = ["lora_bench.bench.preload"]
 NOTHING = -1
 LAST_SECONDS = 5.0
 """How long a worker may take to end once it has said all."""
-NO_MEMORY = re.compile("CUDA error: out of memory|DefaultCPUAllocator: (can't allocate|not enough) memory")
-"""How torch says so in a RuntimeError: of the CUDA runtime, and of a CPU."""
+NO_MEMORY = re.compile(
+    "CUDA error: (out of memory|CUBLAS_STATUS_ALLOC_FAILED)|DefaultCPUAllocator: (can't allocate|not enough) memory"
+)
+"""How torch says so in a RuntimeError: of the CUDA runtime, of cuBLAS when it starts late, and of a CPU."""
 LOST = re.compile("CUDA error: (no CUDA-capable device is detected|uncorrectable ECC error encountered)")
 """How the CUDA runtime says that a device which it has used is gone, or that nothing computed on it can be trusted."""
 OOM_KILLS = (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat"))

@@ -87,8 +87,10 @@ def sample_rows(x: Tensor, y: Tensor, ids: Tensor | None, shift: int = 0) -> Cap
 def judge_layer(arm: Arm, name: str, capture: Capture) -> Proof:
     """One layer's rows against the definition, adapter by adapter."""
     control, adapters = arm.controls[name], arm.adapters[name]
-    weight = dequantised(control)
+    device = capture.x.device  # the control may wait in the host's memory
+    weight = dequantised(control).to(device)
     bias: Tensor | None = control.bias  # type: ignore[assignment]  # nn.Module types any attribute as a module
+    bias = None if bias is None else bias.to(device)
     # Of the model's dtype: an output in a narrower one is no excuse.
     arithmetic = Arithmetic.of(weight.dtype, weight.device.type, probabilistic=True)
     bound = bounds.merged if arm.setup == "merged" else bounds.separate
@@ -188,7 +190,7 @@ def judge_gradients(arm: Arm, name: str, values: dict[str, Tensor], found: dict[
     """The gradients of one layer against the formulas."""
     ((spec, factors),) = arm.adapters[name]
     x, grad = (values[key].flatten(0, -2) for key in ("x", "grad"))
-    weight = dequantised(arm.controls[name])
+    weight = dequantised(arm.controls[name]).to(x.device)
     arguments = (x, grad, weight, factors, spec.scaling)
     wanted = definition.gradients(*arguments)
     allowed = bounds.gradients(*arguments, Arithmetic.of(weight.dtype, weight.device.type, probabilistic=True))

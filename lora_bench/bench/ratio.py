@@ -38,6 +38,21 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> Interv
     return Interval(statistics.median(ordered), low, high, confidence)
 
 
+def bracketed_ratio(samples: Sequence[float], before: Sequence[float], after: Sequence[float]) -> Interval:
+    """How many times the base's seconds, of samples that shared no round with it: it ran before them and after them.
+
+    Over the mean of the base's two medians. The interval holds each of the three medians' own, all at once with 95 %
+    (Bonferroni), so that what the device has drifted in between makes it wider. Under 7 values of one it is unbounded.
+
+    Raises ValueError as `median_interval` does.
+    """
+    own, *bases = (median_interval(each, 1 - 0.05 / 3) for each in (samples, before, after))
+    centre = own.median / statistics.mean(base.median for base in bases)
+    if not all(math.isfinite(each.low) for each in (own, *bases)):
+        return Interval(centre, -math.inf, math.inf)
+    return Interval(centre, own.low / max(base.high for base in bases), own.high / min(base.low for base in bases))
+
+
 def paired_ratio(samples: Sequence[float], base: Sequence[float]) -> Interval:
     """How many times the base's seconds, from samples taken in the same rounds.
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_bench.bench.checked import check, row_of
-from lora_bench.bench.ratio import Interval, median_interval, paired_ratio
+from lora_bench.bench.ratio import Interval, bracketed_ratio, median_interval, paired_ratio
 from lora_bench.bench.sampling import Samples, undisturbed
 from lora_bench.bench.workload import Row
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 NONE = Samples([], [], [])
+TURNS_OF_BASE = (0, 2)
+"""The turns of a base that shares no round with a row: before it, and after it."""
 
 
 class Proof(NamedTuple):
@@ -29,6 +31,7 @@ class Proof(NamedTuple):
 class Result:
     """What is known of a row: its samples in order, the base's of the same rounds, memory and energy, or why not.
 
+    Where it is not `interleaved` the base's are of two runs, before the row's (turn 0) and after them (turn 2).
     `parts` are the seconds of each part of a step that has parts, in the order of the samples. `launches` is what a GPU
     told beside them; on a CPU it stays empty, as it does where a worker has ended before.
     `kind` is what went wrong: "wrong" (it is not LoRA), "oom", "crashed", "timeout", "gpu_lost" or "error".
@@ -46,6 +49,7 @@ class Result:
     energy: dict[str, Any] = field(default_factory=dict)
     kind: str = ""
     failure: str = ""
+    interleaved: bool = True
 
     @property
     def not_comparable(self) -> bool:
@@ -62,9 +66,14 @@ class Result:
         return not (self.measured or self.failure)
 
     @property
+    def shares_rounds(self) -> bool:
+        """Whether its base ran in the same rounds."""
+        return self.interleaved and bool(self.base.seconds)
+
+    @property
     def rounds(self) -> list[int]:
         """The rounds that count: those in which neither this row nor the base was interrupted, if there are enough."""
-        return undisturbed([self.samples, self.base] if self.base.seconds else [self.samples])
+        return undisturbed([self.samples, self.base] if self.shares_rounds else [self.samples])
 
     @property
     def seconds(self) -> list[float]:
@@ -78,9 +87,11 @@ class Result:
 
     @property
     def ratio(self) -> Interval | None:
-        """Median of seconds over the base's, round by round; None where the base has none."""
+        """Median of seconds over the base's, round by round if they shared any; None where the base has none."""
         if not self.base.seconds:
             return None
+        if not self.interleaved:
+            return bracketed_ratio(self.seconds, *(_of_turn(self.base, turn) for turn in TURNS_OF_BASE))
         return paired_ratio(self.seconds, [self.base.seconds[number] for number in self.rounds])
 
     @property
@@ -97,6 +108,7 @@ class Result:
             "base_samples_seconds": self.base.seconds,
             "base_order": self.base.turns,
             "base_interrupted": self.base.interrupted,
+            "interleaved": self.interleaved,
             "interleaved_with": self.beside,
             "window": self.window,
             "parts_seconds": self.parts,
@@ -130,9 +142,8 @@ def _take(record: dict[str, Any], result: Result) -> None:
     match record["quantity"]:
         case "latency":
             result.samples, result.base = _samples(record, result.row), _samples(record, result.row, "base_")
-            if len(result.base.seconds) not in (0, len(result.samples.seconds)):
-                counts = f"{len(result.samples.seconds)} and {len(result.base.seconds)}"
-                raise ValueError(f"{result.row}: it and its base must have equally many samples, got {counts}")
+            result.interleaved = record.get("interleaved", True)
+            _check_base(result)
             result.beside = record["interleaved_with"]
             result.window, result.parts = record["window"], record.get("parts_seconds", {})
             for name, part in result.parts.items():
@@ -152,6 +163,22 @@ def _take(record: dict[str, Any], result: Result) -> None:
             result.kind, result.failure = record["kind"], record["text"]
 
 
+def _of_turn(samples: Samples, turn: int) -> list[float]:
+    """The seconds that count of one run of a base."""
+    own = [number for number, each in enumerate(samples.turns) if each == turn]
+    seconds = [samples.seconds[number] for number in own]
+    interrupted = [samples.interrupted[number] for number in own]
+    return [seconds[number] for number in undisturbed([Samples(seconds, [], interrupted)])]
+
+
+def _check_base(result: Result) -> None:
+    own, base = len(result.samples.seconds), len(result.base.seconds)
+    if result.interleaved and base not in (0, own):
+        raise ValueError(f"{result.row}: it and its base must have equally many samples, got {own} and {base}")
+    if not result.interleaved and base and set(result.base.turns) != set(TURNS_OF_BASE):
+        raise ValueError(f"{result.row}: a base around it must have the turns 0 and 2, got {result.base.turns[:9]}")
+
+
 def _samples(record: dict[str, Any], row: Row, of: str = "") -> Samples:
     """The samples of a record: times above 0 that end, each with its turn and whether it was interrupted."""
     names = [f"{of}{name}" for name in ("samples_seconds", "order", "interrupted")]
@@ -163,6 +190,6 @@ def _samples(record: dict[str, Any], row: Row, of: str = "") -> Samples:
     if not found.seconds and not of:
         raise ValueError(f"{row}: a latency needs samples, got none")
     for number, seconds in enumerate(found.seconds):
-        if isinstance(seconds, bool) or not isinstance(seconds, float | int) or not 0 < seconds < math.inf:
+        if isinstance(seconds, bool) or not isinstance(seconds, float | int) or not 0 < seconds <= sys.float_info.max:
             raise ValueError(f"{row}: {names[0]}[{number}] must be above 0 s and finite, got {seconds!r}")
     return found

@@ -49,9 +49,10 @@ def interleave(
 ) -> dict[Key, Samples]:
     """Time every step once in each round, in seeded random order within the round.
 
-    It warms up until a round is no longer faster than the fastest before it. There are at least 10 rounds, and then
-    more until `budget_seconds` are over, or the noise of every step is steady (which takes 64), or 700 are done. With
-    `relocating` every other round finds the weights at other places in memory. `holding` is told which step comes next.
+    It warms up until a round is no longer faster than the fastest before it, or `budget_seconds` are over. There are
+    at least 10 rounds, and then more until `budget_seconds` are over, or the noise of every step is steady (which takes
+    64), or 700 are done. With `relocating` every other round finds the weights at other places in memory. `holding` is
+    told which step comes next.
 
     Raises ValueError where the clock reads 0 seconds, less, or no number.
     """
@@ -66,7 +67,11 @@ def interleave(
     gc.collect()
     started = time.monotonic()
     totals: list[float] = []
-    while len(totals) < WARM_UP_ROUNDS or (totals[-1] < min(totals[:-1]) and len(totals) < MOST_WARM_UP_ROUNDS):
+    while len(totals) < WARM_UP_ROUNDS or (
+        totals[-1] < min(totals[:-1])
+        and len(totals) < MOST_WARM_UP_ROUNDS
+        and time.monotonic() - started < budget_seconds
+    ):
         relocate(len(totals))
         totals.append(sum(taken for _, taken, _ in _round(steps, clock, order, holding)))
     for turn in range(MOST_ROUNDS):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lora_bench import subjects
-from lora_bench.bench import measure
+from lora_bench.bench import measure, ready
 from lora_bench.bench.carrier import carry
 from lora_bench.bench.proof import Wrong
 from lora_bench.bench.workload import BASE, verbs
@@ -36,12 +36,12 @@ class Workshop:
         """Build the row's arm and run its step once; raises `Wrong` where it is not LoRA."""
         if self._base is None or self._base[0] != row.comparison:
             self._base, self._arm = None, None
-            self._base = row.comparison, measure.build_base(row, self.device)
+            self._base = row.comparison, ready.build_base(row, self.device)
         if self._arm is None or self._arm[0] != (row.arm, row.comparison):
             self._arm = None
-            self._arm = (row.arm, row.comparison), measure.build(self._base[1], row)
+            self._arm = (row.arm, row.comparison), ready.build(self._base[1], row)
         subject, arm = self._arm[1]
-        measure.ready_row(row, subject, arm)
+        ready.ready_row(row, subject, arm)
         if row.subject == BASE and row.workload.phase == "train":
             self._base = None  # its weights were trained: they are no control any more
 

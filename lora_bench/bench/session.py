@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lora_bench.bench import measure
+from lora_bench.bench import measure, turns
 from lora_bench.bench.counts import Bound, Ceilings, bounded, count, reconciled
 from lora_bench.bench.isolate import Failure, stream
 from lora_bench.bench.nvml_state import why_gone
@@ -54,6 +54,8 @@ class Session:
     def plan(self, rows: Sequence[Row]) -> None:
         """Take on rows, and write down which. Raises ValueError where the run that goes on had others."""
         self.planned = list(rows)
+        for row in rows:
+            self.results.setdefault(row, Result(row))
         if self._began is None:
             now = [{"subject": row.subject, "workload": row.workload.as_dict()} for row in rows]
             self.records.append(quantity="plan", device=self.device, rows=now)
@@ -64,7 +66,7 @@ class Session:
 
     def result(self, row: Row) -> Result:
         """The row's result; measures its whole comparison if that has not happened yet."""
-        if row not in self.results or not self._settled(self.results[row]):
+        if row not in self.results or not self.settled(row):
             together = [other for other in self.planned if other.comparison == row.comparison]
             rows = list(dict.fromkeys([*(other.base() for other in together), *together]))
             for other in rows:
@@ -75,8 +77,9 @@ class Session:
                 self._alone(rows, "energy", measure.power, (self.energy_seconds,))
         return self.results[row]
 
-    def _settled(self, result: Result) -> bool:
+    def settled(self, row: Row) -> bool:
         """Whether nothing is left to measure: it failed, or has its times, its memory and, if asked for, its energy."""
+        result = self.results[row]
         measured = result.measured and result.memory and (result.energy or not self.energy_seconds)
         return bool(result.failure or measured)
 
@@ -112,11 +115,11 @@ class Session:
         """Time rows side by side in one worker; what ended it, if something did."""
         for message in stream(measure.compare, rows, self.device, self.budget_seconds, seconds=self.seconds):
             match message:
-                case measure.Progress(text):
+                case turns.Progress(text):
                     self.tell(text)
-                case measure.Timing() | measure.Launches():
+                case turns.Timing() | turns.Launches():
                     self._keep(message)
-                case measure.Refusal(row, kind, text):
+                case turns.Refusal(row, kind, text):
                     self._fail([row], kind, text)
                 case Failure():
                     return self._explained(message)
@@ -158,9 +161,9 @@ class Session:
         share = self.results[row].launches.get("launch_share") if row in self.results else None
         return bounded(row.workload, self.ceilings, share if isinstance(share, float) else None)
 
-    def _keep(self, timing: measure.Timing | measure.Launches) -> None:
+    def _keep(self, timing: turns.Timing | turns.Launches) -> None:
         result = self.results[timing.row]
-        if isinstance(timing, measure.Launches):
+        if isinstance(timing, turns.Launches):
             if not result.launches:
                 self._note(timing.row, "launches", timing.found)
             return
@@ -168,7 +171,7 @@ class Session:
             return  # a further run of the base: its rows carry those samples themselves
         result.samples, result.base = timing.samples, timing.base
         result.proof, result.beside, result.window = timing.proof, timing.beside, timing.window
-        result.parts = timing.parts
+        result.parts, result.interleaved = timing.parts, timing.interleaved
         self._record(result, result.timed())
 
     def _alone(
@@ -232,8 +235,9 @@ class Session:
             "workload": result.row.workload.as_dict(),
             "device": self.device,
             "fingerprint": self.fingerprint,
-            "tokens_per_second": result.tokens_per_second,
+            "tokens_per_second": result.tokens_per_second if result.row.workload.tokens else None,
             "ratio_to_base": result.ratio._asdict() if result.ratio else None,
+            "interleaved": result.interleaved,
             "interleaved_with": result.beside,
             "percentiles_seconds": percentiles(result.seconds),
             "parts_seconds": result.parts,

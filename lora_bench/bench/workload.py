@@ -122,7 +122,9 @@ class Row(NamedTuple):
         workload = self.workload
         parts = [self.subject, workload.setup] if self.subject != BASE else [BASE]
         parts += [f"r{workload.rank}"] if workload.rank else []
-        return " ".join(parts + ([f"n{workload.adapters}"] if workload.setup == "batched" else []))
+        parts += [f"n{workload.adapters}"] if workload.setup == "batched" else []
+        parts += [workload.popularity] if workload.popularity != "distinct" else []
+        return " ".join(parts + (["to switch"] if self._switches else []))
 
     @property
     def comparison(self) -> tuple[Any, ...]:

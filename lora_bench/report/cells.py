@@ -6,10 +6,12 @@ import math
 import statistics
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lora_bench.bench.clocks import power_capped
 from lora_bench.bench.workload import BASE, SETUPS
+from lora_bench.models.presets import widths
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Sequence
 
     from lora_bench.bench.ratio import Interval
     from lora_bench.bench.result import Result
@@ -43,11 +45,14 @@ def phase_results(run: Measured, phase: str) -> list[Result]:
     return sorted(results, key=lambda result: SETUPS.index(result.row.workload.setup))
 
 
-def phase_title(result: Result, device: str) -> str:
+def phase_title(results: Sequence[Result], device: str) -> str:
     """What the results of a phase have in common."""
-    workload = result.row.workload
-    read = "to other adapters" if workload.phase == "switch" else f"batch {workload.batch} x {workload.sequence} tokens"
-    return f"{workload.phase}: {workload.model} {workload.dtype}, {read}, device={device}"
+    workload = results[0].row.workload
+    what = "rows" if widths(workload.model) else "tokens"
+    read = "to other adapters" if workload.phase == "switch" else f"batch {workload.batch} x {workload.sequence} {what}"
+    others = dict.fromkeys(result.row.workload.targets for result in results if result.row.workload.targets != "all")
+    named = "".join(f", targets {each}" for each in others)
+    return f"{workload.phase}: {workload.model} {workload.dtype}{named}, {read}, device={device}"
 
 
 def cells(result: Result, run: Measured) -> dict[str, Cell]:
@@ -121,7 +126,13 @@ def _whole(value: int) -> Cell:
 def _times(result: Result) -> Cell:
     if result.row.subject == BASE:
         return Cell("1", 1.0)
-    return Cell(interval(result.ratio), result.ratio.median) if result.ratio else Cell("no base")
+    if not result.ratio:
+        return Cell("no base")
+    return Cell(interval(result.ratio) + ("" if result.interleaved else "~"), result.ratio.median)
+
+
+def _apart(result: Result) -> bool:
+    return bool(result.base.seconds) and not result.interleaved
 
 
 def adapters(workload: Workload) -> str:
@@ -162,10 +173,12 @@ def joules(energy: dict[str, Any]) -> Cell:
     return Cell(f"{value:.3g}" + ("" if energy.get("validity") == "verified" else "?"), value)
 
 
-def memory_notes(results: Iterable[Result]) -> list[str]:
+def memory_notes(results: Collection[Result]) -> list[str]:
     """Which peak was taken, in words."""
     used = {name for result in results for name in MEMORY if isinstance(result.memory.get(name), int)}
-    return [f"{MEMORY[name]} in a process of its own" for name in sorted(used)] or ["n/a, and the records say why"]
+    if not used and any(result.memory for result in results):
+        return ["n/a, and the records say why"]
+    return [f"{MEMORY[name]} in a process of its own" for name in sorted(used)] or [NOT_MEASURED]
 
 
 def reached(run: Measured) -> str:
@@ -182,6 +195,7 @@ def notes(run: Measured) -> list[str]:
     said = [
         "medians with 95 % intervals",
         "x base: median of the ratios of samples taken in the same round",
+        *(["~: not interleaved, its base ran before and after it"] if any(map(_apart, run.results.values())) else []),
         "n: adapters that a mixed batch asks for",
         "samples: those that count / all",
         f"bound: the least time that {reached(run)} allow, as a share of this one",
@@ -192,5 +206,10 @@ def notes(run: Measured) -> list[str]:
     if any(result.launches for result in run.results.values()):
         said.append("graph: replays of a CUDA graph, ms; cold: with nothing left in the L2 cache, ms")
         said.append("launch share: how much of a step the device waits for launches")
-    energy = [result.energy for result in run.results.values() if result.energy]
-    return [*said, "J/token: a run of its own, idle power included; ?: not verified"] if energy else said
+    if capped := max((power_capped(result.window) for result in run.results.values()), default=0.0):
+        said.append(f"the GPU kept to its power limit, at lower clocks, for up to {capped:.0%} of a comparison's time")
+    if energy := [result.energy for result in run.results.values() if result.energy]:
+        said.append("J/token: a run of its own, idle power included")
+        if any(joules(each).text.endswith("?") for each in energy):
+            said.append("?: not verified")
+    return said

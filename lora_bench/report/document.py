@@ -75,6 +75,7 @@ def _row(result: Result, run: Run) -> dict[str, Any]:
     return told | {
         "seconds": bounds(result.latency),
         "ratio_to_base": bounds(result.ratio),
+        "interleaved": result.interleaved,
         "tokens_per_second": result.tokens_per_second if row.workload.tokens else None,
         "percentiles_seconds": percentiles(result.seconds),
         "samples": {"counted": len(result.seconds), "taken": len(result.samples.seconds)},

@@ -56,7 +56,7 @@ def _measured(run: Run) -> Iterator[str]:
         if of := phase_results(run, phase):
             rows = [cells(each, run) for each in of]
             shown = columns(rows)
-            yield from (f"## {escaped(phase_title(of[0], run.device))}", "")
+            yield from (f"## {escaped(phase_title(of, run.device))}", "")
             aligned = [LEFT if name in WORDS else RIGHT for name in shown]
             yield from _table(shown, aligned, ([row[name].text for name in shown] for row in rows))
     yield from (escaped("; ".join(notes(run))) + ".", "")

@@ -129,7 +129,7 @@ def _phase(run: Run, phase: str) -> dict[str, Any]:
         for each in results
     ]
     shown = columns([row["cells"] for row in rows])
-    return {"name": phase, "title": phase_title(results[0], run.device), "columns": shown, "rows": rows}
+    return {"name": phase, "title": phase_title(results, run.device), "columns": shown, "rows": rows}
 
 
 def _ranked(ranking: Ranking) -> dict[str, Any]:

@@ -83,8 +83,8 @@ def correctness(result: Result) -> str:
 def _placed(results: list[Result]) -> list[Place]:
     measured = [result for result in results if result.measured]
     together = max(_shared(measured), key=len)
-    if len(together) == 1 < len(measured) and not together[0].base.seconds:
-        together = []  # without a base there were no turns, and nobody is the faster
+    if len(together) == 1 < len(measured) and not together[0].shares_rounds:
+        together = []  # there were no turns, and nobody is the faster
     places = list(_ranked(together)) if together else []
     places += [Place(each, latency=each.latency, remark=ALONE) for each in measured if each not in together]
     return places + [Place(each, remark=each.kind or "not measured") for each in results if not each.measured]
@@ -95,7 +95,7 @@ def _shared(results: list[Result]) -> Iterator[list[Result]]:
     left = list(results)
     while left:
         of = left[0]
-        beside = [each for each in left[1:] if of.base.seconds and each.base == of.base]
+        beside = [each for each in left[1:] if of.shares_rounds and each.shares_rounds and each.base == of.base]
         own = [of, *(each for each in beside if len(each.samples.seconds) == len(of.samples.seconds))]
         yield own
         left = [each for each in left if each not in own]

@@ -40,7 +40,7 @@ def render(run: Measured) -> str:
             rows = [cells(result, run) for result in results]
             shown = columns(rows)
             main = [name for name in COLUMNS if name not in DETAILS and (name != "J/token" or name in shown)]
-            console.print(_table(phase_title(results[0], run.device), main, rows, names))
+            console.print(_table(phase_title(results, run.device), main, rows, names))
             console.print()
             if details := [name for name in shown if name in DETAILS]:
                 own = [row for row in rows if any(row[name].text for name in details)]

@@ -10,8 +10,10 @@ import statistics
 
 import torch
 
-from lora_bench.bench import measure
+from lora_bench.bench import ready
 from lora_bench.bench.arm import Step, build_arm, make_step
+from lora_bench.bench.clock import wall_clock
+from lora_bench.bench.sampling import interleave
 from lora_bench.bench.workload import BASE, Row, Workload
 
 COPIES, SECONDS = 6, 8.0
@@ -19,16 +21,15 @@ COPIES, SECONDS = 6, 8.0
 
 def ratios(steps: dict[Row, Step], *, moved: bool) -> str:
     """Each copy's decode time over the first's, as the median over rounds."""
-    if not moved:
-        steps = {row: Step(step.run, step.prepare) for row, step in steps.items()}
-    seconds = list(measure.time_interleaved(steps, "cpu", SECONDS).values())
+    taken = interleave(steps, wall_clock, budget_seconds=SECONDS, relocating=moved)
+    seconds = [samples.seconds for samples in taken.values()]
     return " ".join(f"{statistics.median(a / b for a, b in zip(own, seconds[0], strict=True)):.3f}" for own in seconds)
 
 
 def main() -> None:
     torch.set_num_threads(1)
     workload = Workload(BASE, "decode", "tiny", "fp32", rank=0, batch=8, sequence=64)
-    base = measure.build_base(Row(BASE, workload), "cpu")
+    base = ready.build_base(Row(BASE, workload), "cpu")
     arms = [build_arm(copy.deepcopy(base), None, workload) for _ in range(COPIES)]
     steps = {Row(f"copy {number}", workload): make_step(arm, workload) for number, arm in enumerate(arms)}
     for _ in range(2):
