@@ -128,10 +128,10 @@ def either(
 
 def merged_weight(weight: Tensor, factors: Factors, scaling: float, arithmetic: Arithmetic) -> Tensor:
     """The allowed |error| (d_out, d_in) of the stored W + s B A: B A, s, their product and the sum are rounded."""
+    product = _Product(factors, scaling)
 
     def error(arithmetic: Arithmetic) -> Tensor:
-        own = arithmetic.growth((), 1, carried=factors.rank) * weight.double().abs()
-        return own + _product_error(factors, scaling, arithmetic, 4)
+        return product.error(arithmetic, 4) + arithmetic.growth((), 1, carried=factors.rank) * weight.double().abs()
 
     return error(arithmetic) + error(FLOAT64)
 
@@ -144,14 +144,14 @@ def unmerged_weight(
     The error of the merge, that of the product that is taken away, and the rounding of their difference; of so many
     `cycles` of merging and unmerging the sum, each at the furthest that W may have strayed by then.
     """
-    product, slack = _product(factors, scaling), torch.zeros_like(weight, dtype=torch.float64)
+    product, slack = _Product(factors, scaling), torch.zeros_like(weight, dtype=torch.float64)
 
     def error(own: Tensor, arithmetic: Arithmetic) -> Tensor:
-        merge = arithmetic.growth((), 1, carried=factors.rank) * own + _product_error(factors, scaling, arithmetic, 4)
-        strayed = merge + _product_error(factors, scaling, arithmetic, 3)
+        merge = arithmetic.growth((), 1, carried=factors.rank) * own + product.error(arithmetic, 4)
+        strayed = merge + product.error(arithmetic, 3)
         last = arithmetic.growth((), 1, carried=factors.rank)
         # Taken away term by term, the product is still in the running total.
-        return (1 + last) * strayed + last * own + arithmetic.growth((), 0, carried=factors.rank) * product
+        return (1 + last) * strayed + last * own + arithmetic.growth((), 0, carried=factors.rank) * product.size
 
     for _ in range(cycles):
         own = weight.double().abs() + slack
@@ -188,15 +188,16 @@ def decomposed(matrix: Tensor, arithmetic: Arithmetic) -> Tensor:
     return torch.full_like(matrix.double(), error(arithmetic) + error(FLOAT64))
 
 
-def _product(factors: Factors, scaling: float) -> Tensor:
-    """|s||B||A|, (d_out, d_in)."""
-    return abs(scaling) * factors.b.double().abs() @ factors.a.double().abs()
+class _Product:
+    """`size` is |s||B||A|, (d_out, d_in); `lost` what underflow in it adds up to."""
 
+    def __init__(self, factors: Factors, scaling: float) -> None:
+        self.rank, self.lost = factors.rank, _product_underflow(factors, scaling)
+        self.size = abs(scaling) * factors.b.double().abs() @ factors.a.double().abs()
 
-def _product_error(factors: Factors, scaling: float, arithmetic: Arithmetic, roundings: int) -> Tensor:
-    """|error| (d_out, d_in) of s B A after so many roundings."""
-    underflow = arithmetic.underflow * _product_underflow(factors, scaling)
-    return arithmetic.growth((factors.rank,), roundings) * _product(factors, scaling) + underflow
+    def error(self, arithmetic: Arithmetic, roundings: int) -> Tensor:
+        """|error| of s B A after so many roundings."""
+        return arithmetic.growth((self.rank,), roundings) * self.size + arithmetic.underflow * self.lost
 
 
 def _product_underflow(factors: Factors, scaling: float) -> Tensor:
