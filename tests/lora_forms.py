@@ -1,6 +1,7 @@
 """LoRA as honest implementations compute it, and as the definition and its bounds do."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,15 +95,17 @@ def computed(problem: Problem, factors: Factors, s: float) -> dict[str, dict[str
     }
 
 
-def judged(problem: Problem, factors: Factors, s: float, arithmetic: Arithmetic) -> dict[str, tuple[Tensor, Tensor]]:
-    """What the definition says and the bounds allow, by what it is."""
+def judged(
+    problem: Problem, factors: Factors, s: float, arithmetic: Arithmetic, by: Any = bounds
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """What the definition says and the bounds (`bounds`, or `bounds.probable`) allow, by what it is."""
     x, w, bias, grad, *_ = problem
     y = definition.forward(x, w, bias, factors, s)
     gradients = definition.gradients(x, grad, w, factors, s)
-    allowed = bounds.gradients(x, grad, w, factors, s, arithmetic)
+    allowed = by.gradients(x, grad, w, factors, s, arithmetic)
     return {
-        "y": (y, bounds.separate(x, w, bias, factors, s, arithmetic)),
-        "W merged": (definition.merged_weight(w, factors, s), bounds.merged_weight(w, factors, s, arithmetic)),
-        "y merged": (y, bounds.merged(x, w, bias, factors, s, arithmetic)),
-        "W restored": (w.double(), bounds.unmerged_weight(w, factors, s, arithmetic)),
+        "y": (y, by.separate(x, w, bias, factors, s, arithmetic)),
+        "W merged": (definition.merged_weight(w, factors, s), by.merged_weight(w, factors, s, arithmetic)),
+        "y merged": (y, by.merged(x, w, bias, factors, s, arithmetic)),
+        "W restored": (w.double(), by.unmerged_weight(w, factors, s, arithmetic)),
     } | dict(zip(("dA", "dB", "dx"), zip(gradients, allowed, strict=True), strict=True))

@@ -30,7 +30,8 @@ def run(info: dict[str, Any], *rows: Row) -> Run:
     """A run with these figures in every row."""
     ratio = info["ratio_to_base"]
     why = trouble(info["seconds"], (), info["window"])
-    figures = Figures(info["memory"], ratio and Interval(**ratio), why)
+    interleaved = info.get("interleaved", True)
+    figures = Figures(info["memory"], ratio and Interval(**ratio), why, interleaved=interleaved)
     return Run("old", info["fingerprint"], rows or (ROW,), dict.fromkeys(rows or (ROW,), figures))
 
 

@@ -9,7 +9,7 @@ import pytest
 from lora_bench.bench.clocks import USUAL
 from lora_bench.bench.workload import Row, Workload
 from lora_bench.gate.baseline import Line, also_changed, closing, compare, exit_code, verdict_on, worst
-from lora_bench.gate.figures import Run
+from lora_bench.gate.figures import Run, trouble
 from tests.made_figures import MIB, OLD, ROW, changed, ratio, run
 
 CASES = {
@@ -200,6 +200,29 @@ def test_a_throttled_base_is_no_pass() -> None:
     lines = compare(run(changed("window", {"throttled": True}), ROW.base()), [run(OLD, ROW.base())])
 
     assert exit_code(lines) == 6
+
+
+def test_a_clock_that_only_keeps_to_the_power_limit_is_no_trouble_in_an_older_record() -> None:
+    def told(**moved: int) -> str:
+        return trouble([1.0], [1.0], {"throttled": True, "throttle_delta": moved})
+
+    assert told(software_power_cap_ns=5, thermal_ns=0) == ""
+    assert told(software_power_cap_ns=5, software_thermal_ns=1) == "the clock was throttled (software_thermal_ns)"
+    assert told() == "the clock was throttled (no reason told)"
+
+
+def test_ratios_that_came_about_otherwise_are_not_compared() -> None:
+    apart = run(OLD | {"interleaved": False})
+    lines = compare(apart, [run(OLD), apart])
+
+    assert [(line.verdict, line.text) for line in lines if line.verdict != "pass"] == [
+        (
+            "NOT COMPARABLE",
+            "the base ran before and after the row, and in the baseline base and row took turns",
+        )
+    ]
+    assert "and in the baseline the base ran" in str(compare(run(OLD), [apart])[-1])
+    assert {line.verdict for line in compare(apart, [apart])} == {"pass"}
 
 
 def test_a_row_of_one_run_alone_is_named() -> None:

@@ -9,10 +9,12 @@ from typing import Any, Self
 import pytest
 import torch
 
-from lora_bench.bench import arm, brackets, measure, ready
+from lora_bench.bench import brackets, clocks, measure, ready, turns
 from lora_bench.bench.brackets import bracketed
 from lora_bench.bench.counts import Ceilings
-from lora_bench.bench.sampling import LEAST_ROUNDS
+from lora_bench.bench.nvml import GpuLost
+from lora_bench.bench.ready import build_base
+from lora_bench.bench.sampling import LEAST_ROUNDS, Samples
 from lora_bench.bench.turns import Launches, Progress, Refusal, Timing
 from lora_bench.bench.workload import BASE, Row
 from tests import micro_rows
@@ -32,18 +34,23 @@ class Device:
     """Notes what is built, and what is in hand."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.built = 0
+        self.built: list[str] = []
         self.held: list[Row] = []
-        build = ready.build_base
+        self.breaks: dict[int, Exception] = {}
+        """By the number of a base that is built, what happens to it."""
+        build = ready.build_alone
 
-        def build_base(*arguments: Any) -> Any:
-            self.built += 1
-            return build(*arguments)
+        def build_alone(of: Row, *arguments: Any, **keywords: Any) -> Any:
+            self.built.append(of.arm_name)
+            if of.subject == BASE and (error := self.breaks.get(self.built.count(BASE))):
+                raise error
+            return build(of, *arguments, **keywords)
 
-        patch.setattr(brackets, "build_base", build_base)
+        patch.setattr(brackets, "build_alone", build_alone)
 
     def run(self, *rows: Row) -> list[Any]:
-        return list(bracketed(with_bases(*rows), "cpu", 0.0, self.held.append))
+        asked = with_bases(*rows)
+        return list(bracketed(asked, build_base(asked[0], "cpu"), "cpu", 0.0, self.held.append))
 
 
 @pytest.fixture
@@ -80,17 +87,18 @@ def test_a_model_is_let_go_of_before_the_next_is_built(monkeypatch: pytest.Monke
     models: list[Any] = []
     build = ready.build_base
 
-    def build_base(*arguments: Any) -> Any:
+    def noted(*arguments: Any) -> Any:
         alive.append(sum(each() is not None for each in models))
         model = build(*arguments)
         models.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(brackets, "build_base", build_base)
-    list(bracketed(with_bases(PREFILL, row("reference", "merged", "switch")), "cpu", 0.0, lambda _: None))
+    monkeypatch.setattr(ready, "build_base", noted)
+    rows = with_bases(PREFILL, row(f"{PLANTED}:RAISES", "separate", "decode"), row("reference", "merged", "switch"))
+    list(bracketed(rows, build(rows[0], "cpu"), "cpu", 0.0, lambda _: None))
 
-    # The first is what waits on the host; then one at a time: base, arm, base, arm, base.
-    assert alive == [0, 1, 1, 1, 1, 1]
+    # Base, arm, base, the one that raises, arm, base.
+    assert alive == [0] * 6
 
 
 def test_a_base_that_is_trained_is_built_anew_for_each_of_its_runs(device: Device) -> None:
@@ -99,8 +107,17 @@ def test_a_base_that_is_trained_is_built_anew_for_each_of_its_runs(device: Devic
 
     assert not of_type(Refusal, messages)
     assert [timing.row for timing in of_type(Timing, messages)] == [training.base(), training]
-    assert device.built == 4
-    assert next(of.subject for of in device.held if of in (training, training.base())) == BASE
+    assert device.built == [BASE, training.arm_name, BASE]
+
+
+def test_the_second_run_of_a_base_is_the_arm_s_affair(device: Device) -> None:
+    device.run(DECODE)
+
+    names = [each.arm_name for each in device.held]
+    assert [name for number, name in enumerate(names) if number == 0 or name != names[number - 1]] == [
+        BASE,
+        DECODE.arm_name,
+    ]
 
 
 def test_an_arm_that_fails_costs_itself_alone_and_no_run_of_the_base(device: Device) -> None:
@@ -110,61 +127,72 @@ def test_an_arm_that_fails_costs_itself_alone_and_no_run_of_the_base(device: Dev
     (refusal,) = of_type(Refusal, messages)
     assert (refusal.row, refusal.kind) == (bad, "error")
     assert [timing.row for timing in of_type(Timing, messages)] == [DECODE.base(), DECODE]
-    assert device.built == 1 + 4
+    assert device.built == [BASE, bad.arm_name, DECODE.arm_name, BASE]
 
 
-def test_without_a_base_that_fits_an_arm_is_timed_all_the_same(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    build_arm = arm.build_arm
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("in pieces"), RuntimeError("misaligned address")])
+def test_a_base_that_does_not_run_again_costs_an_arm_its_ratio_alone(device: Device, error: Exception) -> None:
+    device.breaks = {2: error}
+    messages = device.run(DECODE, MERGED)
+    timings = {timing.row: timing for timing in of_type(Timing, messages)}
 
-    def build(model: Any, subject: Any, *arguments: Any, **keywords: Any) -> Any:
-        if subject is None:
-            raise torch.OutOfMemoryError("full fine-tuning is too much")
-        return build_arm(model, subject, *arguments, **keywords)
+    assert not of_type(Refusal, messages)
+    assert list(timings) == [DECODE.base(), DECODE, MERGED]
+    assert timings[DECODE].base.seconds == []
+    # The next one has a run of the base before it again.
+    assert timings[MERGED].base.turns == [0] * LEAST_ROUNDS + [2] * LEAST_ROUNDS
 
-    monkeypatch.setattr(brackets, "build_arm", build)
+
+def test_a_gpu_that_is_lost_while_the_base_runs_again_ends_the_comparison(device: Device) -> None:
+    device.breaks = {2: GpuLost("GPU-0", "nvmlDeviceGetMemoryInfo", "GPU is lost")}
+    with pytest.raises(GpuLost):
+        device.run(DECODE)
+
+
+def test_without_a_base_that_fits_an_arm_is_timed_all_the_same(device: Device) -> None:
+    device.breaks = dict.fromkeys(range(1, 9), torch.OutOfMemoryError("full fine-tuning is too much"))
     training = row("reference", "separate", "train")
     messages = device.run(training)
 
     assert [(refusal.row, refusal.kind) for refusal in of_type(Refusal, messages)] == [(training.base(), "oom")]
     (timing,) = of_type(Timing, messages)
     assert (timing.row, timing.base.seconds, timing.interleaved) == (training, [], False)
+    assert device.built == [BASE, training.arm_name]
 
 
-def test_what_happened_to_the_clocks_is_told_from_the_first_run_of_the_base_to_the_second(
-    device: Device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log: list[str] = []
+def test_what_happened_to_the_clocks_in_all_three_runs_is_told(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = 0
 
     class Window:
         def __init__(self, _device: str) -> None:
-            self.name = f"window {sum(each.startswith('open') for each in log)}"
+            nonlocal opened
+            opened += 1
+            self.number = opened
 
         def __enter__(self) -> Self:
-            log.append(f"open {self.name}")
             return self
 
         def __exit__(self, *_: object) -> None:
-            log.append(f"shut {self.name}")
+            pass
 
         def as_dict(self) -> dict[str, Any]:
-            return {"name": self.name}
+            told = {"clocks": [self.number], "throttle_delta": {"thermal_ns": self.number}, "throttled": False}
+            return told | {"seconds": 1.0, "shared": False, "unavailable": {}}
 
     monkeypatch.setattr(brackets, "Window", Window)
-    rows, log_of = with_bases(DECODE, MERGED), log
-    timings = {}
-    for message in bracketed(rows, "cpu", 0.0, lambda of: log_of.append(of.arm_name)):
-        if isinstance(message, Timing):
-            timings[message.row] = message.window["name"]
+    bad = row(f"{PLANTED}:RAISES", "separate", "decode")
+    timings = {timing.row: timing.window for timing in of_type(Timing, device.run(DECODE, bad, MERGED))}
 
-    steps = [each for number, each in enumerate(log) if number == 0 or each != log[number - 1]]
-    assert steps == [
-        *("open window 0", "base", "reference separate r4", "open window 1", "base", "shut window 0"),
-        *("peft merged r4", "open window 2", "base", "shut window 1"),
-    ]
-    assert timings == {DECODE.base(): "window 0", DECODE: "window 0", MERGED: "window 1"}
+    assert {of: window["clocks"] for of, window in timings.items()} == {
+        DECODE.base(): [1],
+        DECODE: [1, 3, 2],
+        MERGED: [3, 5, 4],
+    }
+    assert timings[MERGED]["throttle_delta"] == {"thermal_ns": 12}
+    assert timings[MERGED]["seconds"] == 3.0
 
 
-def test_a_gpu_tells_of_the_base_once(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_gpu_tells_comes_after_all_times(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[list[Row]] = []
 
     def look(steps: Any, hot: Any, *_: Any) -> Any:
@@ -172,11 +200,22 @@ def test_a_gpu_tells_of_the_base_once(device: Device, monkeypatch: pytest.Monkey
         looked.append(list(steps))
         yield from (Launches(of, {}) for of in steps)
 
+    made = turns.made_ready
     monkeypatch.setattr(brackets, "looked_at", look)
-    messages = device.run(DECODE)
+    monkeypatch.setattr(brackets, "release", lambda _: None)
+    monkeypatch.setattr(brackets, "made_ready", lambda rows, _make, _device: made(rows, on_cpu, "cpu"))
+    monkeypatch.setattr(brackets, "sampled", lambda steps, *_: dict.fromkeys(steps, Samples([1.0], [0], [False])))
+    monkeypatch.setattr(brackets, "Window", lambda _device: clocks.Window("cpu"))
+    host = build_base(DECODE, "cpu")
 
-    assert looked == [[DECODE.base()], [DECODE]]
-    assert len(of_type(Launches, messages)) == 2
+    def on_cpu(of: Row) -> Any:
+        return ready.build_alone(of, "cpu", host)
+
+    messages = list(bracketed(with_bases(PREFILL, DECODE), host, "cuda", 0.0, lambda _: None))
+    kinds = [type(each) for each in messages if isinstance(each, Timing | Launches)]
+
+    assert kinds == [Timing] * 4 + [Launches] * 4
+    assert looked == [[PREFILL, DECODE], [PREFILL.base(), DECODE.base()]]
 
 
 @pytest.mark.parametrize(
@@ -193,9 +232,9 @@ def test_only_a_gpu_without_room_for_two_has_brackets(
         "fingerprint": lambda _: {},
         "measure_ceilings": lambda *_: Ceilings(1.0, 1.0),
         "release": lambda _: None,
-        "build_base": lambda *_: SimpleNamespace(),
+        "build_base": lambda *_: SimpleNamespace(to=lambda _: None),
         "parameter_bytes": lambda _: 100,
-        "free_bytes": lambda _: room,
+        "free_bytes": lambda where: 1000 if where == "cpu" else room,
         "bracketed": told("alone"),
         "take_turns": told("together"),
     }.items():
@@ -206,3 +245,19 @@ def test_only_a_gpu_without_room_for_two_has_brackets(
 
     assert last(*with_bases(DECODE)) == ("alone" if alone else "together")
     assert last(DECODE.base()) == "together"
+
+
+def test_weights_that_the_host_cannot_hold_are_said_before_anything_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "settle_threads": lambda _: None,
+        "fingerprint": lambda _: {},
+        "measure_ceilings": lambda *_: Ceilings(1.0, 1.0),
+        "release": lambda _: None,
+        "build_base": lambda *_: SimpleNamespace(),
+        "parameter_bytes": lambda _: 1001,
+        "free_bytes": lambda where: 1000 if where == "cpu" else 0,
+    }.items():
+        monkeypatch.setattr(measure, name, value)
+
+    with pytest.raises(MemoryError, match=r"the weights, of 1,001 bytes, were to wait .* free are 1,000"):
+        list(measure.compare(with_bases(DECODE), "cuda", 0.0))

@@ -14,7 +14,16 @@ import pytest
 import torch
 
 from lora_bench.bench import clocks
-from lora_bench.bench.clocks import USUAL, Look, Window, cpu_clock_mhz, cpu_throttle_counters, look_at_gpu, power_capped
+from lora_bench.bench.clocks import (
+    USUAL,
+    Look,
+    Window,
+    cpu_clock_mhz,
+    cpu_throttle_counters,
+    joined,
+    look_at_gpu,
+    power_capped,
+)
 from lora_bench.bench.nvml import THROTTLE_FIELDS, Unavailable
 from tests.fake_nvml import install
 
@@ -188,3 +197,21 @@ def test_a_machine_that_tells_neither_says_so(tmp_path: Path, monkeypatch: pytes
     assert isinstance(window.throttled, Unavailable)
     assert "thermal_throttle is not there" in window.throttled.reason
     assert window.unavailable["clock"].endswith("a virtual machine does not tell its clock")
+
+
+def test_several_spans_are_one() -> None:
+    one = {"clocks": [1], "throttle_delta": {"a": 1}, "throttled": False, "seconds": 1.0, "shared": False}
+    other = {"clocks": [2], "throttle_delta": {"a": 2, "b": 3}, "throttled": False, "seconds": 0.5, "shared": True}
+    one["unavailable"], other["unavailable"] = {}, {"clock": "why"}
+
+    assert joined([one, other]) == {
+        "clocks": [1, 2],
+        "throttle_delta": {"a": 3, "b": 3},
+        "throttled": False,
+        "seconds": 1.5,
+        "shared": True,
+        "unavailable": {"clock": "why"},
+    }
+    assert joined([one, other | {"throttled": True}])["throttled"] is True
+    assert joined([one | {"throttled": "unavailable (x)"}, other])["throttled"] == "unavailable (x)"
+    assert joined([one | {"throttled": "unavailable (x)"}, other | {"throttled": True}])["throttled"] is True

@@ -12,7 +12,7 @@ from lora_bench.bench import measure, ready, turns
 from lora_bench.bench.arm import Arm, build_arm
 from lora_bench.bench.counts import Ceilings
 from lora_bench.bench.nvml import GpuLost
-from lora_bench.bench.proof import Wrong
+from lora_bench.bench.proof import Unproven, Wrong
 from lora_bench.bench.sampling import LEAST_ROUNDS, Samples
 from lora_bench.bench.turns import Progress, Refusal, Timing
 from lora_bench.bench.workload import BASE, Row
@@ -175,6 +175,7 @@ def test_arms_that_do_not_fit_together_take_turns_with_a_base_of_their_own(
         (MemoryError(), "oom"),
         (torch.OutOfMemoryError("CUDA out of memory"), "oom"),
         (Wrong("q_proj"), "wrong"),
+        (Unproven("q_proj"), "unproven"),
         (AssertionError(), "error"),
         (RuntimeError("no kernel"), "error"),
     ],

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lora_bench import bounds
 from lora_bench.bench import arm as arms
 from lora_bench.bench import proof, ready
 from lora_bench.bench.arm import build_arm
-from lora_bench.bench.proof import Wrong
+from lora_bench.bench.proof import Unproven, Wrong
 from lora_bench.bench.result import Proof
+from lora_bench.bounds import probable
 from lora_bench.reference import REFERENCE
 from lora_bench.spec import Factors, LoraSpec
 from tests.proven_arms import ADAPTERS, COMPUTING, FIRST, LAYERS, arm_of, base_of, proven, row_of
@@ -83,7 +83,7 @@ def test_an_adapter_too_small_to_be_seen_is_inconclusive_and_never_right(
     draw_adapters = arms.draw_adapters
     monkeypatch.setattr(arms, "draw_adapters", faint)
 
-    with pytest.raises(Wrong, match=rf"^{FIRST}: inconclusive, .* \(visibility \S+\)$"):
+    with pytest.raises(Unproven, match=rf"^{FIRST}: the adapter's effect may be below .* \(visibility \S+\)$"):
         proven(REFERENCE, setup, phase)
 
 
@@ -115,17 +115,26 @@ def test_a_proof_leaves_the_model_as_it_was(phase: str) -> None:
         assert not layer._backward_hooks
 
 
-@pytest.mark.parametrize(
-    ("bound", "setup", "other"), [("merged", "merged", "separate"), ("separate", "separate", "merged")]
-)
-def test_a_set_up_is_judged_by_its_own_bound(
-    monkeypatch: pytest.MonkeyPatch, bound: str, setup: str, other: str
-) -> None:
-    monkeypatch.setattr(bounds, bound, lambda x, *_: torch.zeros(()))
+def nothing(x: Tensor, *_: object) -> Tensor:
+    return torch.zeros((), dtype=torch.float64)
+
+
+def test_a_merged_layer_is_judged_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probable, "merged", nothing)
 
     with pytest.raises(Wrong, match=r"allowed 0\.00e\+00 \(xinf\)"):
-        proven(REFERENCE, setup, "prefill")
-    assert proven(REFERENCE, other, "prefill").checks == LAYERS * (1 + (other == "merged"))
+        proven(REFERENCE, "merged", "prefill")
+    assert proven(REFERENCE, "separate", "prefill").checks == LAYERS
+
+
+def test_a_separate_layer_may_add_the_product_to_its_weight_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probable, "separate", nothing)
+
+    assert proven(REFERENCE, "separate", "prefill").checks == LAYERS
+    assert proven(REFERENCE, "merged", "prefill").checks == 2 * LAYERS
+    monkeypatch.setattr(probable, "merged", nothing)
+    with pytest.raises(Wrong, match=r"allowed 0\.00e\+00 \(xinf\)"):
+        proven(REFERENCE, "separate", "prefill")
 
 
 def test_many_proofs_are_told_by_the_worst() -> None:

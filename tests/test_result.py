@@ -146,6 +146,7 @@ def test_so_does_one_whose_base_ran_around_it() -> None:
         ({"base_order": [0] * 21}, f"{ONE}: a base around it must have the turns 0 and 2, got [0, 0, 0"),
         ({"interleaved": True}, f"{ONE}: it and its base must have equally many samples, got 10 and 21"),
         ({"interleaved": "no"}, "interleaved must be true or false, got 'no'"),
+        ({"interleaved": 1}, "interleaved must be true or false, got 1"),
     ],
 )
 def test_what_no_bracket_can_be_is_refused(fields: dict[str, Any], why: str) -> None:

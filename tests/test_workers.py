@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing import Pipe
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 import pytest
 
+from lora_bench.gate import worker as worker_module
 from lora_bench.gate.pair import LEAST_ROUNDS, LOCATION
 from lora_bench.gate.workers import MOST_ROUNDS, Broken, Server, Turns, Worker, rounds_in
 
@@ -75,6 +77,22 @@ def test_a_revision_of_which_nothing_is_imported_is_refused(server: Server, tmp_
     with pytest.raises(Broken, match="reference imports nothing of the revision, which has other_project: ") as broken:
         worker.ready()
     assert broken.value.kind == "not_used"
+
+
+def test_a_module_that_cannot_be_asked_is_none_of_a_revision_s(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Lazy(ModuleType):
+        def __getattr__(self, name: str) -> object:
+            raise ImportError(f"{name} is not installed")
+
+    odd = ModuleType("odd")
+    odd.__file__ = 7  # type: ignore[assignment]
+    monkeypatch.setitem(sys.modules, "lazy", Lazy("lazy"))
+    monkeypatch.setitem(sys.modules, "odd", odd)
+
+    worker_module._must_be_used([], "reference")
+    worker_module._must_be_used([str(Path(__file__).parent)], "reference")
+    with pytest.raises(worker_module.NotUsed):
+        worker_module._must_be_used([str(tmp_path)], "reference")
 
 
 @pytest.mark.parametrize("wish", [lambda worker: worker.time(), lambda worker: worker.ready()])

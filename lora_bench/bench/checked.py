@@ -128,7 +128,7 @@ def _plan(record: Mapping[str, Any]) -> None:
 
 def _latency(record: Mapping[str, Any]) -> None:
     window_of(record)
-    if (apart := record.get("interleaved", True)) not in (True, False):
+    if type(apart := record.get("interleaved", True)) is not bool:
         raise ValueError(f"interleaved must be true or false, got {apart!r}")
     for name, part in of_type(record.get("parts_seconds", {}), dict, "parts_seconds").items():
         for place, seconds in enumerate(of_type(part, list, f"parts_seconds.{name}")):

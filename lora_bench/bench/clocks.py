@@ -11,7 +11,7 @@ from lora_bench.bench import nvml
 from lora_bench.bench.nvml import Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -180,3 +180,20 @@ def _number(path: Path) -> int | None:
         return int(path.read_text())
     except (OSError, ValueError):
         return None
+
+
+def joined(windows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several windows, as `Window.as_dict` tells them, as one: throttled if any was, not known if any is not."""
+    answers = [window["throttled"] for window in windows]
+    moved: dict[str, int] = {}
+    for window in windows:
+        for name, by in window["throttle_delta"].items():
+            moved[name] = moved.get(name, 0) + by
+    return {
+        "clocks": [clock for window in windows for clock in window["clocks"]],
+        "throttle_delta": moved,
+        "throttled": True in answers or next((each for each in answers if each is not False), False),
+        "seconds": sum(window["seconds"] for window in windows),
+        "shared": any(window["shared"] for window in windows),
+        "unavailable": {name: why for window in windows for name, why in window["unavailable"].items()},
+    }

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_bench import subjects
-from lora_bench.bench.arm import build_arm, make_step, torch_dtype
+from lora_bench.bench.arm import make_step, torch_dtype
 from lora_bench.bench.brackets import bracketed
 from lora_bench.bench.ceilings import measure_ceilings
 from lora_bench.bench.energy import measure_energy
@@ -18,7 +17,7 @@ from lora_bench.bench.machine import fingerprint
 from lora_bench.bench.memory import device_used_bytes, parameter_bytes, peak_memory
 from lora_bench.bench.meter import meter_of
 from lora_bench.bench.nvml import Unavailable
-from lora_bench.bench.ready import build_base, release
+from lora_bench.bench.ready import build_alone, build_base, release
 from lora_bench.bench.turns import Progress, take_turns
 from lora_bench.bench.workload import BASE
 
@@ -53,9 +52,13 @@ def compare(rows: Sequence[Row], device: str, budget_seconds: float) -> Iterator
     most = arms_that_fit(rows, parameter_bytes(base), free_bytes(device))
     alone = not most and any(row.subject != BASE for row in rows)
     if alone and device.startswith("cuda"):  # what waits in the host's memory takes room on a CPU as well
+        if (needed := parameter_bytes(base)) > (free := free_bytes("cpu")):
+            raise MemoryError(f"the weights, of {needed:,} bytes, were to wait in the host's memory; free are {free:,}")
+        host = base.to("cpu")
         del base
+        release(device)
         yield Progress("no model fits the memory beside its base: each is timed alone, its base before and after it")
-        yield from bracketed(rows, device, budget_seconds, holding)
+        yield from bracketed(rows, host, device, budget_seconds, holding)
         return
     for number, group in enumerate(groups_of(rows, max(1, most))):
         if number and group[0].workload.phase == "train":
@@ -139,7 +142,6 @@ def power(rows: Sequence[Row], device: str, seconds: float) -> Iterator[tuple[Ro
 
 def _alone(rows: Sequence[Row], device: str) -> Arm:
     """The arm of these rows, with nothing beside it to judge it by."""
-    subject = None if rows[0].subject == BASE else subjects.find(rows[0].subject)
-    arm = build_arm(build_base(rows[0], device), subject, rows[0].workload)
+    _, arm = build_alone(rows[0], device)
     gc.collect()
     return arm

@@ -11,7 +11,7 @@ import torch
 from lora_bench import bounds, definition
 from lora_bench.bench.arm import backward_once, make_step
 from lora_bench.bench.result import Proof
-from lora_bench.bounds import Arithmetic, Deviation
+from lora_bench.bounds import Arithmetic, Deviation, probable
 from lora_bench.models.bases import dequantised
 
 if TYPE_CHECKING:
@@ -28,7 +28,11 @@ TRAIN_TOKENS = 16
 
 
 class Wrong(AssertionError):
-    """An arm that does not compute LoRA, or whose adapter cannot be told from rounding; the text names the layer."""
+    """An arm that does not compute LoRA; the text names the layer."""
+
+
+class Unproven(Exception):
+    """An arm of which nothing can be shown: its adapter cannot be told from rounding; the text names the layer."""
 
 
 class Capture(NamedTuple):
@@ -42,7 +46,7 @@ class Capture(NamedTuple):
 def prove(arm: Arm, step: Step) -> Proof:
     """Run `step` once and judge up to 16 rows of every adapted layer against the definition.
 
-    Raises `Wrong` at the first layer outside its bound, or where a dropped adapter would stay inside it.
+    Raises `Wrong` at the first layer outside its bound, and `Unproven` where a dropped adapter would stay inside it.
     """
     captures: dict[str, Capture] = {}
 
@@ -93,17 +97,19 @@ def judge_layer(arm: Arm, name: str, capture: Capture) -> Proof:
     bias = None if bias is None else bias.to(device)
     # Of the model's dtype: an output in a narrower one is no excuse.
     arithmetic = Arithmetic.of(weight.dtype, weight.device.type, probabilistic=True)
-    bound = bounds.merged if arm.setup == "merged" else bounds.separate
     proofs = []
     for index in capture.ids.unique().tolist():
         rows = (capture.ids == index).to(capture.x.device)
         x, (spec, factors) = capture.x[rows], adapters[index]
-        allowed = bound(x, weight, bias, factors, spec.scaling, arithmetic)
+        layer = (x, weight, bias, factors, spec.scaling)
+        allowed = (probable.merged if arm.setup == "merged" else probable.separate)(*layer, arithmetic)
         if (slack := left_behind(arm, name, weight, spec.scaling, arithmetic)) is not None:
-            furthest = weight.double().abs() + slack
-            allowed = bound(x, furthest, bias, factors, spec.scaling, arithmetic) + x.double().abs() @ slack.T
-        wanted = definition.forward(x, weight, bias, factors, spec.scaling)
+            allowed = allowed + probable.strayed(x, slack)
+        wanted = definition.forward(*layer)
         deviation = bounds.worst(capture.y[rows], wanted, allowed)
+        if deviation.ratio > 1 and arm.setup != "merged":  # one that adds s B A to W each time may do so
+            allowed = allowed.maximum(probable.merged(*layer, arithmetic))
+            deviation = bounds.worst(capture.y[rows], wanted, allowed)
         visible = bounds.visibility(definition.delta(x, factors, spec.scaling), allowed)
         where = name if len(adapters) == 1 else f"{name}, adapter {index}"
         proofs.append(_proof(where, deviation, visible))
@@ -117,7 +123,7 @@ def left_behind(arm: Arm, name: str, weight: Tensor, scaling: float, arithmetic:
     if arm.setup != "merged" or arm.switch is None:
         return None
     ((_, other),) = arm.switch.other[name]
-    return bounds.unmerged_weight(weight, other, scaling, arithmetic)
+    return probable.unmerged_weight(weight, other, scaling, arithmetic)
 
 
 def judge_stored(arm: Arm, name: str, weight: Tensor, arithmetic: Arithmetic) -> list[Proof]:
@@ -126,9 +132,9 @@ def judge_stored(arm: Arm, name: str, weight: Tensor, arithmetic: Arithmetic) ->
     if not isinstance(stored, torch.Tensor) or stored.shape != weight.shape:
         return []
     wanted = definition.merged_weight(weight, factors, spec.scaling)
-    allowed = bounds.merged_weight(weight, factors, spec.scaling, arithmetic)
+    allowed = probable.merged_weight(weight, factors, spec.scaling, arithmetic)
     if (slack := left_behind(arm, name, weight, spec.scaling, arithmetic)) is not None:
-        allowed = slack + bounds.merged_weight(weight.double().abs() + slack, factors, spec.scaling, arithmetic)
+        allowed = allowed + slack
     visible = bounds.visibility(wanted - weight.double(), allowed)
     return [_proof(f"the merged weight of {name}", bounds.worst(stored, wanted, allowed), visible)]
 
@@ -136,7 +142,8 @@ def judge_stored(arm: Arm, name: str, weight: Tensor, arithmetic: Arithmetic) ->
 def prove_training(arm: Arm, subject: Subject) -> Proof:
     """Judge outputs and the gradients of A, B and x of every layer in one backward pass over 1 x 16 tokens.
 
-    Raises `Wrong` at the first that is outside its bound, and when anything but A and B would train.
+    Raises `Wrong` at the first that is outside its bound, and when anything but A and B would train; `Unproven` as
+    `prove` does.
     """
     judge_trainable(arm)
     seen: dict[str, dict[str, Any]] = {name: {} for name in arm.layers}
@@ -193,7 +200,7 @@ def judge_gradients(arm: Arm, name: str, values: dict[str, Tensor], found: dict[
     weight = dequantised(arm.controls[name]).to(x.device)
     arguments = (x, grad, weight, factors, spec.scaling)
     wanted = definition.gradients(*arguments)
-    allowed = bounds.gradients(*arguments, Arithmetic.of(weight.dtype, weight.device.type, probabilistic=True))
+    allowed = probable.gradients(*arguments, Arithmetic.of(weight.dtype, weight.device.type, probabilistic=True))
     for which, gradient, right, limit in zip(found, found.values(), wanted, allowed, strict=True):
         if gradient is None:
             raise Wrong(f"{name}: {which} got no gradient")
@@ -209,7 +216,7 @@ def _proof(where: str, deviation: Deviation, visibility: float) -> Proof:
             f"error {deviation.error:.2e}, allowed {deviation.allowed:.2e} (x{deviation.ratio:.3g})"
         )
     if visibility <= 1:
-        raise Wrong(f"{where}: inconclusive, the adapter's effect is below the rounding (visibility {visibility:.2g})")
+        raise Unproven(f"{where}: the adapter's effect may be below the rounding (visibility {visibility:.2g})")
     return Proof(1, deviation.ratio, visibility)
 
 

@@ -11,7 +11,7 @@ import torch
 from lora_bench import subjects
 from lora_bench.bench.arm import build_arm, make_step, torch_dtype
 from lora_bench.bench.isolate import failure_kind
-from lora_bench.bench.proof import Wrong, prove, prove_switched, prove_training
+from lora_bench.bench.proof import Unproven, Wrong, prove, prove_switched, prove_training
 from lora_bench.bench.workload import BASE
 from lora_bench.models.build import build as build_model
 
@@ -37,6 +37,12 @@ def build(base: PreTrainedModel, row: Row) -> tuple[Subject | None, Arm]:
     return subject, build_arm(copy.deepcopy(base), subject, row.workload, pristine=base)
 
 
+def build_alone(row: Row, device: str, pristine: PreTrainedModel | None = None) -> tuple[Subject | None, Arm]:
+    """The row's subject and its arm on a model of its own; `pristine`, which may be elsewhere, to judge it by."""
+    subject = None if row.subject == BASE else subjects.find(row.subject)
+    return subject, build_arm(build_base(row, device), subject, row.workload, pristine)
+
+
 def ready_row(row: Row, subject: Subject | None, arm: Arm) -> tuple[Step, Proof | None]:
     """The row's step, run once, on an arm that has just been proven right."""
     training = row.workload.phase == "train"
@@ -53,7 +59,9 @@ def ready_row(row: Row, subject: Subject | None, arm: Arm) -> tuple[Step, Proof 
 
 
 def refusal_kind(error: Exception) -> str:
-    """Tell "wrong" (it does not compute LoRA) from what `failure_kind` tells apart."""
+    """Tell "wrong" (it does not compute LoRA) and "unproven" from what `failure_kind` tells apart."""
+    if isinstance(error, Unproven):
+        return "unproven"
     return "wrong" if isinstance(error, Wrong) else failure_kind(error)
 
 

@@ -8,15 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_bench.bench.checked import check, row_of
 from lora_bench.bench.ratio import Interval, bracketed_ratio, median_interval, paired_ratio
-from lora_bench.bench.sampling import Samples, undisturbed
+from lora_bench.bench.sampling import AFTER, BEFORE, NONE, Samples, undisturbed
 from lora_bench.bench.workload import Row
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-NONE = Samples([], [], [])
-TURNS_OF_BASE = (0, 2)
-"""The turns of a base that shares no round with a row: before it, and after it."""
 
 
 class Proof(NamedTuple):
@@ -34,7 +30,8 @@ class Result:
     Where it is not `interleaved` the base's are of two runs, before the row's (turn 0) and after them (turn 2).
     `parts` are the seconds of each part of a step that has parts, in the order of the samples. `launches` is what a GPU
     told beside them; on a CPU it stays empty, as it does where a worker has ended before.
-    `kind` is what went wrong: "wrong" (it is not LoRA), "oom", "crashed", "timeout", "gpu_lost" or "error".
+    `kind` is what went wrong: "wrong" (it is not LoRA), "unproven" (its adapter cannot be told from rounding), "oom",
+    "crashed", "timeout", "gpu_lost" or "error".
     """
 
     row: Row
@@ -91,7 +88,7 @@ class Result:
         if not self.base.seconds:
             return None
         if not self.interleaved:
-            return bracketed_ratio(self.seconds, *(_of_turn(self.base, turn) for turn in TURNS_OF_BASE))
+            return bracketed_ratio(self.seconds, *(_of_turn(self.base, turn) for turn in (BEFORE, AFTER)))
         return paired_ratio(self.seconds, [self.base.seconds[number] for number in self.rounds])
 
     @property
@@ -175,7 +172,7 @@ def _check_base(result: Result) -> None:
     own, base = len(result.samples.seconds), len(result.base.seconds)
     if result.interleaved and base not in (0, own):
         raise ValueError(f"{result.row}: it and its base must have equally many samples, got {own} and {base}")
-    if not result.interleaved and base and set(result.base.turns) != set(TURNS_OF_BASE):
+    if not result.interleaved and base and set(result.base.turns) != {BEFORE, AFTER}:
         raise ValueError(f"{result.row}: a base around it must have the turns 0 and 2, got {result.base.turns[:9]}")
 
 

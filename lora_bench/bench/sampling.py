@@ -38,6 +38,11 @@ class Samples(NamedTuple):
     interrupted: list[bool]
 
 
+NONE = Samples([], [], [])
+BEFORE, BETWEEN, AFTER = 0, 1, 2
+"""The turns of samples that share no round: of a base before a row, of the row, and of the base after it."""
+
+
 def interleave(
     steps: Mapping[Key, Step],
     clock: Callable[[Callable[[], object]], float],

@@ -9,7 +9,7 @@ import pytest
 from lora_bench import subjects
 from lora_bench.bench import measure, ready
 from lora_bench.bench.carrier import carry
-from lora_bench.bench.proof import Wrong
+from lora_bench.bench.proof import Unproven, Wrong
 from lora_bench.bench.workload import BASE, verbs
 from lora_bench.models.bases import FOUR_BIT, missing
 from lora_bench.spec import LoraSpec
@@ -66,8 +66,8 @@ class Scenario:
             return self._session.result(self.row).failure
         try:
             self._workshop.prove(self.row)
-        except Wrong as wrong:
-            return str(wrong)
+        except (Wrong, Unproven) as error:
+            return str(error)
         return ""
 
     def measure(self) -> None:

@@ -10,7 +10,7 @@ from lora_bench.bench.clock import clock_of
 from lora_bench.bench.clocks import Window
 from lora_bench.bench.proof import summary
 from lora_bench.bench.ready import build, ready_row, refusal_kind, release, told
-from lora_bench.bench.sampling import Samples, interleave
+from lora_bench.bench.sampling import NONE, Samples, interleave
 from lora_bench.bench.workload import BASE
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def timed(
         yield Progress(f"timing {phase}: {len(chosen)} rows taking turns, about {budget_seconds:.0f} s")
         with Window(device) as window:
             samples = sampled(chosen, device, budget_seconds, holding)
-        control = next((samples[row] for row in samples if row.subject == BASE), Samples([], [], []))
+        control = next((samples[row] for row in samples if row.subject == BASE), NONE)
         for row in samples:
             beside = [str(other) for other in samples]
             parts = steps[row].parts(len(samples[row].seconds))

@@ -105,7 +105,7 @@ def merged(
     """The allowed |error| (n, d_out) of x (W + s B A)ᵀ + b with the merged weight stored in the dtype."""
     size = magnitudes(x, weight, bias, factors, scaling)
     d_in, rank, biased = factors.d_in, factors.rank, bias is not None
-    underflow = size.underflow + x.double().abs() @ _product_underflow(factors, scaling).T
+    underflow = size.underflow + x.double().abs() @ product_underflow(factors, scaling).T
 
     def error(arithmetic: Arithmetic) -> Tensor:
         return (
@@ -192,7 +192,7 @@ class _Product:
     """`size` is |s||B||A|, (d_out, d_in); `lost` what underflow in it adds up to."""
 
     def __init__(self, factors: Factors, scaling: float) -> None:
-        self.rank, self.lost = factors.rank, _product_underflow(factors, scaling)
+        self.rank, self.lost = factors.rank, product_underflow(factors, scaling)
         self.size = abs(scaling) * factors.b.double().abs() @ factors.a.double().abs()
 
     def error(self, arithmetic: Arithmetic, roundings: int) -> Tensor:
@@ -200,7 +200,7 @@ class _Product:
         return arithmetic.growth((self.rank,), roundings) * self.size + arithmetic.underflow * self.lost
 
 
-def _product_underflow(factors: Factors, scaling: float) -> Tensor:
+def product_underflow(factors: Factors, scaling: float) -> Tensor:
     """What one underflow in each number of W + s B A adds up to, (d_out, d_in); see `Magnitudes`."""
     lost = factors.b.double().abs().sum(1, keepdim=True) + factors.a.double().abs().sum(0) + factors.rank + 1
     return (abs(scaling) + 1) * lost + 2
@@ -226,7 +226,7 @@ def gradients(
     s, through_b, hidden = abs(scaling), grad @ b, x @ a.T
     size = Gradients(s * through_b.T @ x, s * grad.T @ hidden, grad @ weight)
     size_x_adapter = s * through_b @ a
-    underflow = _gradient_underflow(x, grad, weight, factors, s)
+    underflow = gradient_underflow(x, grad, weight, factors, s)
 
     def error(arithmetic: Arithmetic) -> Gradients:
         return Gradients(
@@ -240,7 +240,7 @@ def gradients(
     return Gradients(*(own + exact for own, exact in zip(error(arithmetic), error(FLOAT64), strict=True)))
 
 
-def _gradient_underflow(x: Tensor, grad: Tensor, weight: Tensor, factors: Factors, s: float) -> Gradients:
+def gradient_underflow(x: Tensor, grad: Tensor, weight: Tensor, factors: Factors, s: float) -> Gradients:
     """What one underflow in each number of the gradients adds up to; x, grad, weight and s are absolute values.
 
     Each of grad, A, B and x in turn, each product of two of them, and, where the layer trains through W + s B A, the
@@ -253,6 +253,6 @@ def _gradient_underflow(x: Tensor, grad: Tensor, weight: Tensor, factors: Factor
         b=grad.T @ (a.sum(1) + x.sum(1, keepdim=True) + d_in + 1) + hidden.sum(0) + (rows + 1) * a.sum(1) + rows,
         x=b.sum(0) @ a + (of_grad + d_out + 1) * a.sum(0) + through_b.sum(1, keepdim=True) + factors.rank,
     )
-    through_sum = grad @ _product_underflow(factors, s) + weight.sum(0) + of_grad + d_out
+    through_sum = grad @ product_underflow(factors, s) + weight.sum(0) + of_grad + d_out
     stored = 2 * s + 3
     return Gradients((s + 1) * lost.a + stored, (s + 1) * lost.b + stored, (s + 1) * lost.x + through_sum + stored)

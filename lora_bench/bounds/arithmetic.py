@@ -16,6 +16,10 @@ FP32_OPERANDS = {"tf32": 2.0**-11, "bf16": 2.0**-8}
 """What a float32 matrix product rounds its inputs to, by the names of torch's setting `fp32_precision`."""
 
 
+LIKELY = 4
+"""So many times the root of their number, or of the sum of their squares, are independent roundings taken to add up."""
+
+
 @dataclass(frozen=True)
 class Arithmetic:
     """The rounding of one dtype on one device.
@@ -61,7 +65,7 @@ class Arithmetic:
 
     def gamma(self, terms: int) -> float:
         """γₙ = n·ua / (1 - n·ua), the relative error of a sum of `terms` products (Higham, equation 3.4)."""
-        spread = (4 * math.sqrt(terms) if self.probabilistic else terms) * self.accumulator
+        spread = (LIKELY * math.sqrt(terms) if self.probabilistic else terms) * self.accumulator
         return spread / (1 - spread)
 
     def growth(self, sums: tuple[int, ...], roundings: int, carried: int = 0) -> float:

@@ -22,7 +22,7 @@ ORDERS = [
     for forward in (("base", "head", "control"), ("head", "control", "base"), ("control", "base", "head"))
     for each in (forward, forward[::-1])
 ]
-NOT_JUDGED = ("not_offered", "not_used", "gpu_lost", "protocol")
+NOT_JUDGED = ("not_offered", "not_used", "unproven", "gpu_lost", "protocol")
 """Failures that say nothing against a side."""
 CHANCE = ("oom", "crashed", "timeout")
 """Failures that may be the machine's: they count when they come again, with the sides in the other order."""

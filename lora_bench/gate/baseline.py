@@ -190,6 +190,10 @@ def compare_row(row: Row, now: Figures, history: Sequence[Run]) -> list[Line]:
     unusable = [("this run", now.trouble), *(("the baseline", then.trouble) for then in known)]
     if whose := next(((who, why) for who, why in unusable if why), None):
         lines.append(Line(str(row), NOT_COMPARABLE, "{}: {}".format(*whose)))
+    elif row.subject != BASE and any(then.interleaved != now.interleaved for then in known):
+        ways = {True: "base and row took turns", False: "the base ran before and after the row"}
+        why = f"{ways[now.interleaved]}, and in the baseline {ways[not now.interleaved]}"
+        lines.append(Line(str(row), NOT_COMPARABLE, why))
     elif row.subject != BASE:
         lines.append(_compare_ratio(row, now.ratio, [then.ratio for then in known], known[-1].noise, began))
     return lines

@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 class Figures(NamedTuple):
     """What is compared of one row; `trouble` says why its times can be compared with nothing, or is empty.
 
-    `noise` is the relative change that equals show on its machine, where that was calibrated.
+    `noise` is the relative change that equals show on its machine, where that was calibrated; `interleaved` says
+    whether the ratio is one of rounds, or to runs of the base before and after.
     """
 
     memory: Mapping[str, Any]
     ratio: Interval | None
     trouble: str
     noise: float = 0.0
+    interleaved: bool = True
 
 
 class Run(NamedTuple):
@@ -64,8 +66,9 @@ def trouble(seconds: Sequence[float], base: Sequence[float], window: Mapping[str
     for value in [*seconds, *base]:
         if not 0 < value < math.inf:
             return f"a sample of {value:g} s"
-    if window.get("throttled") is True:
-        reasons = ", ".join(name for name, moved in window.get("throttle_delta", {}).items() if moved and name != USUAL)
+    moved = [name for name, by in window.get("throttle_delta", {}).items() if by]
+    if window.get("throttled") is True and moved != [USUAL]:  # which older records have called throttled
+        reasons = ", ".join(name for name in moved if name != USUAL)
         return f"the clock was throttled ({reasons or 'no reason told'})"
     return ""
 
@@ -84,7 +87,7 @@ def of_results(
 def _figures(result: Result) -> Figures:
     why = result.failure or trouble(result.samples.seconds, result.base.seconds, result.window)
     ratio = None if result.failure or why.startswith(("no samples", "a sample")) else result.ratio
-    return Figures(result.memory, ratio, why)
+    return Figures(result.memory, ratio, why, interleaved=result.interleaved)
 
 
 def load(path: Path) -> Run:
@@ -152,7 +155,8 @@ def _of_json(path: Path) -> Run:
 def _told(info: Mapping[str, Any], data: Sequence[float]) -> Figures:
     told = info["ratio_to_base"]
     ratio = None if told is None else Interval(*(of_type(told[end], float, end) for end in ("median", "low", "high")))
-    return Figures(of_type(info["memory"], dict, "memory"), ratio, trouble(data, (), window_of(info)))
+    memory, why = of_type(info["memory"], dict, "memory"), trouble(data, (), window_of(info))
+    return Figures(memory, ratio, why, interleaved=info.get("interleaved", True) is True)
 
 
 def _one(fingerprints: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -34,7 +34,8 @@ MEANINGS = {
     "graph": "median ms of replays as a CUDA graph, which needs a single launch",
     "cold": "median ms with nothing left in the L2 cache",
     "launch share": "how much of a step the device waits for launches",
-    "x base": "median of the ratios to the base in the same round, with its 95 % interval",
+    "x base": "median of the ratios to the base in the same round, with its 95 % interval; "
+    "~: to runs of it before and after",
     "bound": "the least time this device could take, as a share of the time it took, and what sets it",
     "MiB": "peak memory in a process of its own",
     "J/token": "joules for each token, in a run of its own",

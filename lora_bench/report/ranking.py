@@ -83,8 +83,8 @@ def correctness(result: Result) -> str:
 def _placed(results: list[Result]) -> list[Place]:
     measured = [result for result in results if result.measured]
     together = max(_shared(measured), key=len)
-    if len(together) == 1 < len(measured) and not together[0].shares_rounds:
-        together = []  # there were no turns, and nobody is the faster
+    if len(together) == 1 < len(measured):
+        together = []  # nobody took turns with another
     places = list(_ranked(together)) if together else []
     places += [Place(each, latency=each.latency, remark=ALONE) for each in measured if each not in together]
     return places + [Place(each, remark=each.kind or "not measured") for each in results if not each.measured]

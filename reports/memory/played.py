@@ -14,6 +14,7 @@ GIB = 2**30
 MODELS = ("llama-3.2-1b", "llama-2-7b", "llama-3-8b")
 SIZES = {
     "train": ((1, 64), (1, 512), (8, 512), (4, 2048)),
+    "train, checkpointed": ((1, 512), (2, 512), (8, 512)),
     "prefill": ((1, 512), (8, 512)),
     "decode": ((8, 512), (16, 4000)),
 }
@@ -26,8 +27,9 @@ def main() -> None:
         for mode in ("full", "lora", "qlora"):
             for phase, sizes in SIZES.items():
                 for batch, sequence in sizes:
-                    place = {"model": model, "mode": mode, "phase": phase, "batch": batch, "sequence": sequence}
-                    chosen = place | {"rank": 16, "dtype": "bf16"}
+                    place = {"model": model, "mode": mode, "batch": batch, "sequence": sequence, "rank": 16}
+                    name, _, checkpointing = phase.partition(", ")
+                    chosen = place | {"phase": name, "dtype": "bf16", "checkpointing": bool(checkpointing)}
                     with pytest.MonkeyPatch.context() as patch:
                         _, peak = played(chosen, patch)
                     found = budget(**chosen, device="cuda").peak  # type: ignore[arg-type]

@@ -105,7 +105,8 @@ def test_models_alone_on_the_device_are_proven_by_weights_that_wait_on_the_host(
     for setup, own in phases.items():
         for phase in own:
             of = row("reference", setup, phase)
-            messages = list(bracketed([of.base(), of], device, 0.5, lambda _: None))
+            host = build_base(of, device).to("cpu")
+            messages = list(bracketed([of.base(), of], host, device, 0.5, lambda _: None))
             timings = {each.row: each for each in messages if isinstance(each, Timing)}
 
             assert not [each for each in messages if isinstance(each, Refusal)]
