@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+MOST = 10
+"""More roundings than any number here goes through one after another."""
+
+
 def separate(
     x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, scaling: float, arithmetic: Arithmetic
 ) -> Tensor:
@@ -41,16 +45,17 @@ def separate(
     if bias is not None:
         stored = stored + (base + bias.double()).abs() + (base + delta + bias.double()).abs()
     many = 2 * s * root(hidden, b) + s * into_hidden @ b.abs().T
-    parts = size.base.minimum(LIKELY * _parts(base, root(x, w))) + s * hidden.abs() @ b.abs().T
-    parts = parts + LIKELY * s * root(_parts(hidden, into_hidden), b)
+    parts: Tensor | float = 0.0
+    if arithmetic.partials:
+        parts = size.base.minimum(LIKELY * _parts(base, root(x, w))) + s * hidden.abs() @ b.abs().T
+        parts = parts + LIKELY * s * root(_parts(hidden, into_hidden), b)
     sums = (
         _within(arithmetic, (d_in,), rank) * size.base
         + _within(arithmetic, (), d_in + rank) * size.bias
         + _within(arithmetic, (d_in, rank), d_in) * size.adapter
     )
     allowed = sums + arithmetic.unit * (stored + LIKELY * many + arithmetic.partials * parts)
-    own = _again(arithmetic, factors, 6 + 2 * (bias is not None)) * allowed + arithmetic.underflow * size.underflow
-    return own + bounds.separate(x, weight, bias, factors, scaling, FLOAT64)
+    return _again(arithmetic, factors) * allowed + (arithmetic.underflow + FLOAT64.underflow) * size.underflow
 
 
 def merged(
@@ -67,8 +72,10 @@ def merged(
     if bias is not None:
         stored = stored + (y + bias.double()).abs()
     many = root(x, whole.abs() + 2 * product.abs()) + s * root(x @ a.T, b) + s * root(root(x, a), b)
-    parts = (x.abs() @ whole.abs().T).minimum(LIKELY * _parts(y, root(x, whole)))
-    parts = parts + LIKELY * root(x, s * b.abs() @ a.abs())
+    parts: Tensor | float = 0.0
+    if arithmetic.partials:
+        parts = (x.abs() @ whole.abs().T).minimum(LIKELY * _parts(y, root(x, whole)))
+        parts = parts + LIKELY * root(x, s * b.abs() @ a.abs())
     sums = (
         _within(arithmetic, (d_in,), rank) * size.base
         + _within(arithmetic, (), d_in) * size.bias
@@ -76,29 +83,22 @@ def merged(
     )
     allowed = sums + arithmetic.unit * (stored + LIKELY * many + arithmetic.partials * parts)
     lost = size.underflow + x.abs() @ bounds.product_underflow(factors, scaling).T
-    own = _again(arithmetic, factors, 5 + (bias is not None)) * allowed + arithmetic.underflow * lost
-    return own + bounds.merged(x, weight, bias, factors, scaling, FLOAT64)
+    return _again(arithmetic, factors) * allowed + (arithmetic.underflow + FLOAT64.underflow) * lost
 
 
 def merged_weight(weight: Tensor, factors: Factors, scaling: float, arithmetic: Arithmetic) -> Tensor:
     """The allowed |error| (d_out, d_in) of the stored W + s B A."""
-    weight, product = weight.double(), scaling * factors.b.double() @ factors.a.double()
-    allowed = _product_error(product, factors, scaling, arithmetic) + arithmetic.unit * (weight + product).abs()
-    allowed = allowed + _within(arithmetic, (), factors.rank) * weight.abs()
-    own = _again(arithmetic, factors, 5) * allowed
-    lost = arithmetic.underflow * bounds.product_underflow(factors, scaling)
-    return own + lost + bounds.merged_weight(weight, factors, scaling, FLOAT64)
+    weight, product = weight.double(), _Product(factors, scaling, arithmetic)
+    return _again(arithmetic, factors) * product.merging(weight) + product.lost
 
 
 def unmerged_weight(weight: Tensor, factors: Factors, scaling: float, arithmetic: Arithmetic) -> Tensor:
     """The allowed |error| (d_out, d_in) of (W + s B A) - s B A, where no copy of W is kept."""
-    weight, product = weight.double(), scaling * factors.b.double() @ factors.a.double()
-    size = abs(scaling) * factors.b.double().abs() @ factors.a.double().abs()
-    again = _product_error(product, factors, scaling, arithmetic) + arithmetic.unit * weight.abs()
-    again = again + _within(arithmetic, (), factors.rank) * (weight.abs() + size)
-    own = merged_weight(weight, factors, scaling, arithmetic) + _again(arithmetic, factors, 5) * again
-    lost = arithmetic.underflow * bounds.product_underflow(factors, scaling)
-    return own + lost + bounds.unmerged_weight(weight, factors, scaling, FLOAT64)
+    weight, product = weight.double(), _Product(factors, scaling, arithmetic)
+    # Taken away term by term, the product is still in the running total.
+    carried = _within(arithmetic, (), factors.rank) * (weight.abs() + product.size)
+    allowed = product.merging(weight) + product.error + arithmetic.unit * weight.abs() + carried
+    return _again(arithmetic, factors) * allowed + 2 * product.lost
 
 
 def strayed(x: Tensor, slack: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def gradients(
     of_x = of_x.maximum(merged(grad, weight.T, None, turned, scaling, arithmetic))
     x, grad, a, b, s = x.double(), grad.double(), factors.a.double(), factors.b.double(), abs(scaling)
     through_b, hidden, outer = grad @ b, x @ a.T, grad.T @ x
-    (rows, d_out), again = grad.shape, _again(arithmetic, factors, 6)
+    (rows, d_out), again = grad.shape, _again(arithmetic, factors)
 
     def allowed(by: Tensor, most: Tensor, over: Tensor, into: Tensor, through: Tensor, terms: int) -> Tensor:
         """Of `by`ᵀ `over`: what is stored between (n, r), at most `most`, and what it is multiplied by (n, d)."""
@@ -127,12 +127,12 @@ def gradients(
 
     of_a = allowed(through_b, grad.abs() @ b.abs(), x, root(grad, b.T), root(b.T, outer.T), d_out)
     of_b = allowed(hidden, x.abs() @ a.abs().T, grad, root(x, a), root(a, outer), factors.d_in).T
-    exact, lost = bounds.gradients(x, grad, weight, factors, scaling, FLOAT64), arithmetic.underflow
+    lost = arithmetic.underflow + FLOAT64.underflow
     underflow = bounds.gradient_underflow(x.abs(), grad.abs(), weight.double().abs(), factors, s)
     return Gradients(
-        of_a + lost * underflow.a + exact.a,
-        of_b + lost * underflow.b + exact.b,
-        of_x + lost * underflow.x + exact.x,
+        of_a + lost * underflow.a,
+        of_b + lost * underflow.b,
+        of_x + lost * underflow.x,
     )
 
 
@@ -149,19 +149,27 @@ def _parts(total: Tensor, spread: Tensor) -> Tensor:
     return total.abs() + LIKELY * spread
 
 
-def _product_error(product: Tensor, factors: Factors, scaling: float, arithmetic: Arithmetic) -> Tensor:
-    """|error| (d_out, d_in) of s B A, with s itself rounded, or multiplied into A or B before."""
-    a, b, s = factors.a.double(), factors.b.double(), abs(scaling)
-    size = s * b.abs() @ a.abs()
-    stored = 3 * product.abs() + LIKELY * s * root(b, a.T) + arithmetic.partials * size
-    return _within(arithmetic, (factors.rank,)) * size + arithmetic.unit * stored
+class _Product:
+    """s B A (d_out, d_in), its `size` |s||B||A|, and its `error`, where s may be multiplied into A or B before."""
+
+    def __init__(self, factors: Factors, scaling: float, arithmetic: Arithmetic) -> None:
+        a, b, s = factors.a.double(), factors.b.double(), abs(scaling)
+        self.itself, self.size = scaling * b @ a, s * b.abs() @ a.abs()
+        stored = 3 * self.itself.abs() + LIKELY * s * root(b, a.T) + arithmetic.partials * self.size
+        self.error = _within(arithmetic, (factors.rank,)) * self.size + arithmetic.unit * stored
+        self.lost = (arithmetic.underflow + FLOAT64.underflow) * bounds.product_underflow(factors, scaling)
+        self._unit, self._carried = arithmetic.unit, _within(arithmetic, (), factors.rank)
+
+    def merging(self, weight: Tensor) -> Tensor:
+        """The |error| of W + s B A."""
+        return self.error + self._unit * (weight + self.itself).abs() + self._carried * weight.abs()
 
 
 def _within(arithmetic: Arithmetic, sums: tuple[int, ...], carried: int = 0) -> float:
-    """The relative error within sums, as `Arithmetic.growth`, without what is rounded between them."""
-    return replace(arithmetic, partials=0).growth(sums, 0, carried)
+    """The relative error within sums, as `Arithmetic.growth`, without what is rounded between; and the definition's."""
+    return replace(arithmetic, partials=0).growth(sums, 0, carried) + FLOAT64.growth(sums, MOST, carried)
 
 
-def _again(arithmetic: Arithmetic, factors: Factors, roundings: int) -> float:
+def _again(arithmetic: Arithmetic, factors: Factors) -> float:
     """What each error may be multiplied by in what comes after it."""
-    return 1 + arithmetic.growth((max(factors.d_in, factors.d_out), factors.rank), roundings)
+    return 1 + arithmetic.growth((max(factors.d_in, factors.d_out), factors.rank), MOST)
