@@ -1,6 +1,7 @@
 """Worker processes: real ones with a known operation, and what each way to die is reported as."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -138,9 +139,13 @@ def test_an_unknown_wish_is_an_error(server: Server) -> None:
 def test_a_worker_that_does_not_answer_is_a_timeout(server: Server) -> None:
     worker = server.start(PLAIN)
     worker.ready()
-    worker._seconds = 0.0  # whatever it does takes longer
-    with pytest.raises(Broken, match="timeout: nothing came for 0 s"):
-        worker.time()
+    worker._seconds = 0.1
+    os.killpg(server._process.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(Broken, match=r"timeout: nothing came for 0\.1 s"):
+            worker.time()
+    finally:
+        os.killpg(server._process.pid, signal.SIGCONT)
 
 
 @pytest.mark.parametrize(
