@@ -12,6 +12,7 @@ from lora_bench.bench.arm import make_step, torch_dtype
 from lora_bench.bench.brackets import bracketed
 from lora_bench.bench.ceilings import measure_ceilings
 from lora_bench.bench.energy import measure_energy
+from lora_bench.bench.groups import grouped
 from lora_bench.bench.isolate import hold
 from lora_bench.bench.machine import fingerprint
 from lora_bench.bench.memory import device_used_bytes, parameter_bytes, peak_memory
@@ -19,7 +20,6 @@ from lora_bench.bench.meter import meter_of
 from lora_bench.bench.nvml import Unavailable
 from lora_bench.bench.ready import build_alone, build_base, release
 from lora_bench.bench.turns import Progress, take_turns
-from lora_bench.bench.workload import BASE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -36,8 +36,7 @@ def compare(rows: Sequence[Row], device: str, budget_seconds: float) -> Iterator
     Every arm is built and proven first; rows whose arm fails are refused and the rest goes on. In each round every
     row of a phase runs once, in random order, so that what disturbs the machine disturbs all of them. On a GPU each row
     is then looked at with cold caches, and without its launches. Arms that do not fit the memory together are compared
-    in groups, each with its own run of the base; where not even one fits beside the base, each is timed between two
-    runs of it.
+    in groups, each with its own run of the base; one that does not fit beside the base is timed between two runs of it.
     """
     settle_threads(device)
     yield fingerprint(device)
@@ -49,42 +48,36 @@ def compare(rows: Sequence[Row], device: str, budget_seconds: float) -> Iterator
     def holding(row: Row) -> None:
         hold(numbers[row])
 
-    most = arms_that_fit(rows, parameter_bytes(base), free_bytes(device))
-    alone = not most and any(row.subject != BASE for row in rows)
-    if alone and device.startswith("cuda"):  # what waits in the host's memory takes room on a CPU as well
-        if (needed := parameter_bytes(base)) > (free := free_bytes("cpu")):
-            raise MemoryError(f"the weights, of {needed:,} bytes, were to wait in the host's memory; free are {free:,}")
-        host = base.to("cpu")
-        del base
-        release(device)
-        yield Progress("no model fits the memory beside its base: each is timed alone, its base before and after it")
-        yield from bracketed(rows, host, device, budget_seconds, holding)
-        return
-    for number, group in enumerate(groups_of(rows, max(1, most))):
+    groups, too_large = grouped(rows, parameter_bytes(base), free_bytes(device))
+    if too_large and not device.startswith("cuda"):  # what waits in the host's memory takes room on a CPU as well
+        groups, too_large = groups + with_bases(too_large), []
+    for number, group in enumerate(groups or ([] if too_large else [list(rows)])):
         if number and group[0].workload.phase == "train":
             del base  # which the group before has trained
             release(device)
             base = build_base(group[0], device)
         yield from take_turns(group, base, device, budget_seconds, holding)
         release(device)
+    if too_large:
+        if (needed := parameter_bytes(base)) > (free := free_bytes("cpu")):
+            raise MemoryError(f"the weights, of {needed:,} bytes, were to wait in the host's memory; free are {free:,}")
+        yield Progress(f"{len(too_large)} rows have no room beside the base: each is timed between two runs of it")
+        if groups and rows[0].workload.phase == "train":
+            del base
+            release(device)
+            base = build_base(rows[0], device)
+        host = base.to("cpu")
+        del base
+        release(device)
+        bases = dict.fromkeys(row.base() for row in too_large)
+        yield from bracketed([*bases, *too_large], host, device, budget_seconds, holding)
 
 
-def arms_that_fit(rows: Sequence[Row], weight_bytes: int, room: int) -> int:
-    """How many arms, each with a model of its own, `room` bytes hold when the base is there already."""
-    if rows[0].workload.phase == "train":
-        room -= 3 * weight_bytes  # full fine-tuning: gradients and AdamW's two moments
-    # An eighth for adapters, activations and cache.
-    return max(0, int(room / (weight_bytes * 1.125)))
-
-
-def groups_of(rows: Sequence[Row], most: int) -> list[list[Row]]:
-    """The rows in groups of so many arms, the base in each."""
-    arms = list(dict.fromkeys(row.arm for row in rows if row.subject != BASE))
-    groups = []
-    for start in range(0, len(arms) or 1, most):
-        chosen = arms[start : start + most]
-        groups.append([row for row in rows if row.subject == BASE or row.arm in chosen])
-    return groups
+def with_bases(rows: Sequence[Row]) -> list[list[Row]]:
+    """A group for each arm, with its base."""
+    arms = dict.fromkeys(row.arm for row in rows)
+    alone = [[row for row in rows if row.arm == arm] for arm in arms]
+    return [[*dict.fromkeys(row.base() for row in group), *group] for group in alone]
 
 
 def settle_threads(device: str) -> None:
