@@ -70,8 +70,11 @@ def split(x: Tensor, w: Tensor, parts: int) -> Tensor:
 
 @pytest.mark.parametrize("parts", [2, 8, 64])
 @pytest.mark.parametrize("rank", [8, 128])
-def test_the_parts_of_a_split_sum_may_be_stored(parts: int, rank: int) -> None:
-    (x, w, _, grad, *_), (a, b) = (problem := layer(2048, OUTPUTS, rank))[0], (problem[1].a, problem[1].b)
+@pytest.mark.parametrize("gain", [1.0, 1e-3])
+def test_the_parts_of_a_split_sum_may_be_stored(parts: int, rank: int, gain: float) -> None:
+    problem = layer(2048, OUTPUTS, rank)
+    (x, w, _, grad, *_), (a, b) = problem[0], (problem[1].a, problem[1].b * gain)
+    problem = problem[0], Factors(a, b)
     hidden, through_b = split(x, a, parts), split(grad, b.T, parts)
     found = {
         "y": split(x, w, parts) + SCALING * (hidden @ b.T),
@@ -83,7 +86,6 @@ def test_the_parts_of_a_split_sum_may_be_stored(parts: int, rank: int) -> None:
     wanted = judged(*problem, SCALING, CUDA, by=probable)
 
     assert {of: worst(value, *wanted[of]).ratio <= 1 for of, value in found.items()} == dict.fromkeys(found, True)
-    assert worst(found["y"], *wanted["y"]).ratio > 0.02
 
 
 @pytest.mark.parametrize("d_in", [64, 2048, 14336])

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from types import SimpleNamespace
 from typing import Any, Self
 
 import pytest
 import torch
 
-from lora_bench.bench import brackets, clocks, measure, ready, turns
+from lora_bench.bench import brackets, clocks, ready, turns
 from lora_bench.bench.brackets import bracketed
-from lora_bench.bench.counts import Ceilings
 from lora_bench.bench.nvml import GpuLost
 from lora_bench.bench.ready import build_base
 from lora_bench.bench.sampling import LEAST_ROUNDS, Samples
-from lora_bench.bench.turns import Launches, Progress, Refusal, Timing
+from lora_bench.bench.turns import Launches, Refusal, Timing
 from lora_bench.bench.workload import BASE, Row
 from tests import micro_rows
 from tests.micro_rows import with_bases
@@ -216,48 +214,3 @@ def test_what_a_gpu_tells_comes_after_all_times(monkeypatch: pytest.MonkeyPatch)
 
     assert kinds == [Timing] * 4 + [Launches] * 4
     assert looked == [[PREFILL, DECODE], [PREFILL.base(), DECODE.base()]]
-
-
-@pytest.mark.parametrize(
-    ("place", "room", "alone"), [("cuda", 0, True), ("cuda:1", 0, True), ("cuda", 1 << 40, False), ("cpu", 0, False)]
-)
-def test_only_a_gpu_without_room_for_two_has_brackets(
-    monkeypatch: pytest.MonkeyPatch, place: str, room: int, alone: bool
-) -> None:
-    def told(name: str) -> Any:
-        return lambda *_: iter([Progress(name)])
-
-    for name, value in {
-        "settle_threads": lambda _: None,
-        "fingerprint": lambda _: {},
-        "measure_ceilings": lambda *_: Ceilings(1.0, 1.0),
-        "release": lambda _: None,
-        "build_base": lambda *_: SimpleNamespace(to=lambda _: None),
-        "parameter_bytes": lambda _: 100,
-        "free_bytes": lambda where: 1000 if where == "cpu" else room,
-        "bracketed": told("alone"),
-        "take_turns": told("together"),
-    }.items():
-        monkeypatch.setattr(measure, name, value)
-
-    def last(*rows: Row) -> str:
-        return str(of_type(Progress, list(measure.compare(rows, place, 0.0)))[-1].text)
-
-    assert last(*with_bases(DECODE)) == ("alone" if alone else "together")
-    assert last(DECODE.base()) == "together"
-
-
-def test_weights_that_the_host_cannot_hold_are_said_before_anything_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {
-        "settle_threads": lambda _: None,
-        "fingerprint": lambda _: {},
-        "measure_ceilings": lambda *_: Ceilings(1.0, 1.0),
-        "release": lambda _: None,
-        "build_base": lambda *_: SimpleNamespace(),
-        "parameter_bytes": lambda _: 1001,
-        "free_bytes": lambda where: 1000 if where == "cpu" else 0,
-    }.items():
-        monkeypatch.setattr(measure, name, value)
-
-    with pytest.raises(MemoryError, match=r"the weights, of 1,001 bytes, were to wait .* free are 1,000"):
-        list(measure.compare(with_bases(DECODE), "cuda", 0.0))

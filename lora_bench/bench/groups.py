@@ -34,23 +34,25 @@ def arm_bytes(row: Row, weight_bytes: int) -> int:
     return weight_bytes + weight_bytes // 8 + (3 if of.phase == "switch" else 2) * adapters
 
 
-def grouped(rows: Sequence[Row], weight_bytes: int, room: int) -> tuple[list[list[Row]], list[Row]]:
-    """Groups of rows, with the base in each, whose arms take `room` bytes at most; and those of arms that take more.
+def grouped(rows: Sequence[Row], weight_bytes: int, room: int, *, apart: bool) -> tuple[list[list[Row]], list[Row]]:
+    """Groups of rows, with the base in each, whose arms take `room` bytes at most; and the rows of arms that take more.
 
-    `room` is what is free when the base, of `weight_bytes`, is there already.
+    `room` is what is free when the base, of `weight_bytes`, is there already. If not `apart`, an arm that takes more
+    has a group to itself.
     """
     if rows[0].workload.phase == "train":
         room -= 3 * weight_bytes  # full fine-tuning: gradients and AdamW's two moments
     sizes = {row.arm: arm_bytes(row, weight_bytes) for row in rows if row.subject != BASE}
     chosen: list[list[object]] = []
     left = 0
-    for arm, size in sizes.items():
-        if size > room:
-            continue
-        if not chosen or size > left:
+    too_large = {arm for arm, size in sizes.items() if apart and size > room}
+    for arm in [arm for arm in sizes if arm not in too_large]:
+        if not chosen or sizes[arm] > left:
             chosen.append([])
             left = room
         chosen[-1].append(arm)
-        left -= size
+        left -= sizes[arm]
+    if not sizes:
+        return [list(rows)], []
     groups = [[row for row in rows if row.subject == BASE or row.arm in arms] for arms in chosen]
-    return groups, [row for row in rows if row.arm in sizes and sizes[row.arm] > room]
+    return groups, [row for row in rows if row.arm in too_large]

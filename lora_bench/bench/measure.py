@@ -19,7 +19,7 @@ from lora_bench.bench.memory import device_used_bytes, parameter_bytes, peak_mem
 from lora_bench.bench.meter import meter_of
 from lora_bench.bench.nvml import Unavailable
 from lora_bench.bench.ready import build_alone, build_base, release
-from lora_bench.bench.turns import Progress, take_turns
+from lora_bench.bench.turns import Progress, Refusal, take_turns
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -48,36 +48,27 @@ def compare(rows: Sequence[Row], device: str, budget_seconds: float) -> Iterator
     def holding(row: Row) -> None:
         hold(numbers[row])
 
-    groups, too_large = grouped(rows, parameter_bytes(base), free_bytes(device))
-    if too_large and not device.startswith("cuda"):  # what waits in the host's memory takes room on a CPU as well
-        groups, too_large = groups + with_bases(too_large), []
-    for number, group in enumerate(groups or ([] if too_large else [list(rows)])):
+    weights, on_gpu = parameter_bytes(base), device.startswith("cuda")
+    # On a CPU what waits in the host's memory takes room as well: there an arm that is too large is tried by itself.
+    groups, too_large = grouped(rows, weights, free_bytes(device), apart=on_gpu)
+    for number, group in enumerate(groups):
         if number and group[0].workload.phase == "train":
             del base  # which the group before has trained
             release(device)
             base = build_base(group[0], device)
         yield from take_turns(group, base, device, budget_seconds, holding)
         release(device)
-    if too_large:
-        if (needed := parameter_bytes(base)) > (free := free_bytes("cpu")):
-            raise MemoryError(f"the weights, of {needed:,} bytes, were to wait in the host's memory; free are {free:,}")
+    if too_large and weights > (free := free_bytes("cpu")):
+        why = f"no room beside the base, and its {weights:,} bytes do not fit the host's memory: {free:,} are free"
+        yield from (Refusal(row, "oom", why) for row in too_large)
+    elif too_large:
         yield Progress(f"{len(too_large)} rows have no room beside the base: each is timed between two runs of it")
-        if groups and rows[0].workload.phase == "train":
-            del base
-            release(device)
-            base = build_base(rows[0], device)
-        host = base.to("cpu")
         del base
+        release(device)
+        host = build_base(rows[0], device).to("cpu")
         release(device)
         bases = dict.fromkeys(row.base() for row in too_large)
         yield from bracketed([*bases, *too_large], host, device, budget_seconds, holding)
-
-
-def with_bases(rows: Sequence[Row]) -> list[list[Row]]:
-    """A group for each arm, with its base."""
-    arms = dict.fromkeys(row.arm for row in rows)
-    alone = [[row for row in rows if row.arm == arm] for arm in arms]
-    return [[*dict.fromkeys(row.base() for row in group), *group] for group in alone]
 
 
 def settle_threads(device: str) -> None:
